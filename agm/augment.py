@@ -1,0 +1,99 @@
+"""Linear interpolation of synthetic images."""
+
+from typing import Any, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agm.errors import AgmValueError
+from agm.functional import interpolate
+
+
+class LinearInterpolation:
+    """Mix each image with another one of its batch: x' = lerp(x, x[pi], lambda).
+
+    pi is a random permutation and lambda ~ U(0, 1), one per sample, the weight of x[pi]. Both come
+    from a generator that this object owns (on the CPU, so that every device mixes alike); the
+    global RNG is never touched.
+
+    Args:
+        seed: of that generator (default 0).
+
+    Source: Luo et al., IEEE TCSVT 2024, doi 10.1109/TCSVT.2024.3399311 (the idea).
+    """
+
+    def __init__(self, *, seed: int = 0) -> None:
+        self._rng = torch.Generator().manual_seed(seed)
+
+    @overload
+    def __call__(self, images: Tensor, *, weight: Tensor | float | None = None) -> Tensor: ...
+    @overload
+    def __call__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        num_classes: int | None = None,
+        weight: Tensor | float | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+    def __call__(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        num_classes: int | None = None,
+        weight: Tensor | float | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Interpolate a batch; with labels, mix them too: (1 - lambda) y + lambda y[pi].
+
+        Args:
+            images: (N, ...), any floating dtype; not written to.
+            labels: (N,) integers, which need ``num_classes``, or (N, C) probabilities.
+            weight: lambda, (N,) or a number, in place of the uniform draw.
+
+        Returns:
+            Images of the same shape, dtype and memory format; with labels also (N, C) soft labels.
+
+        Raises:
+            AgmValueError: an empty batch, labels of another length or kind, a missing
+                ``num_classes`` or a label outside of it.
+        """
+        if not images.ndim or not images.shape[0]:
+            raise AgmValueError(f"need a batch (N, ...) with N >= 1, got {tuple(images.shape)}")
+        n = images.shape[0]
+        targets = None if labels is None else _soft_labels(labels, n, num_classes)
+        permutation = torch.randperm(n, generator=self._rng).to(images.device)
+        if weight is None:
+            weight = torch.rand(n, dtype=torch.float64, generator=self._rng)
+        elif not isinstance(weight, Tensor) or weight.ndim == 0:
+            weight = torch.full((n,), float(weight), dtype=torch.float64)
+        weight = weight.to(images)
+        mixed = interpolate(images, permutation, weight)
+        if targets is None:
+            return mixed
+        return mixed, interpolate(targets, permutation, weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the random generator."""
+        return {"rng": self._rng.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where :meth:`state_dict` was taken."""
+        self._rng.set_state(state["rng"])
+
+
+def _soft_labels(labels: Tensor, n: int, num_classes: int | None) -> Tensor:
+    """(N, C) probabilities from (N,) integers or (N, C) probabilities."""
+    if labels.is_floating_point():
+        if labels.ndim != 2 or labels.shape[0] != n:
+            raise AgmValueError(f"soft labels must be ({n}, C), got {tuple(labels.shape)}")
+        return labels
+    if labels.shape != (n,):
+        raise AgmValueError(f"integer labels must be ({n},), got {tuple(labels.shape)}")
+    if num_classes is None:
+        raise AgmValueError("integer labels need num_classes=, the number of classes")
+    try:
+        return F.one_hot(labels.long(), num_classes).to(torch.get_default_dtype())
+    except RuntimeError as error:  # raised on the CPU alone; other devices do not look at values
+        raise AgmValueError(f"labels must lie in [0, {num_classes}): {error}") from error

@@ -1,0 +1,232 @@
+"""Pure functions: discrepancies between two networks, Gaussian margins, interpolation.
+
+The formulas of the Gaussian margin are this project's own reading of Luo et al., "Learning to
+Generate Diverse Data From a Temporal Perspective for Data-Free Quantization", IEEE TCSVT 2024,
+doi 10.1109/TCSVT.2024.3399311, whose abstract fixes the idea and not the constants.
+
+Half-precision inputs are computed in float32 and returned in their own dtype. Shapes are checked,
+values never are: a non-finite input gives a non-finite output.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agm.errors import AgmValueError
+
+Discrepancy = Callable[[Tensor, Tensor], Tensor]
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """``tensor`` itself in float32 or float64, a float32 copy of anything narrower."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def check_logits(teacher_logits: Tensor, student_logits: Tensor) -> None:
+    """Raise :class:`AgmValueError` unless both are floating, of one shape (N, C), N, C >= 1."""
+    shapes = f"teacher {tuple(teacher_logits.shape)}, student {tuple(student_logits.shape)}"
+    if teacher_logits.shape != student_logits.shape:
+        raise AgmValueError(
+            f"logits differ in shape: {shapes}; give both networks the same images and classes"
+        )
+    if teacher_logits.ndim != 2 or 0 in teacher_logits.shape:
+        raise AgmValueError(f"logits must be (N, C) with N, C >= 1, got {shapes}")
+    if not (teacher_logits.is_floating_point() and student_logits.is_floating_point()):
+        raise AgmValueError(
+            f"logits must be floating point, got {teacher_logits.dtype} and {student_logits.dtype}"
+        )
+
+
+def _discrepancy(formula: Discrepancy) -> Discrepancy:
+    """Give ``formula`` the checks and the dtype rule that all discrepancies share."""
+
+    def checked(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+        check_logits(teacher_logits, student_logits)
+        dtype = torch.promote_types(teacher_logits.dtype, student_logits.dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        return formula(teacher_logits.to(wide), student_logits.to(wide)).to(dtype)
+
+    checked.__name__ = checked.__qualname__ = formula.__name__
+    checked.__doc__ = formula.__doc__
+    return checked
+
+
+@_discrepancy
+def logit_l1(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """Mean absolute difference over classes, (N, C) -> (N,), in logit units, in [0, inf)."""
+    return (teacher_logits - student_logits).abs().mean(-1)
+
+
+@_discrepancy
+def logit_l2(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """Root mean square difference over classes, (N, C) -> (N,), in logit units, in [0, inf).
+
+    Its gradient where both agree is 0.
+    """
+    difference = teacher_logits - student_logits
+    return torch.linalg.vector_norm(difference, dim=-1) / math.sqrt(difference.shape[-1])
+
+
+@_discrepancy
+def kl_divergence(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """KL(softmax(teacher) || softmax(student)), (N, C) -> (N,), in nats, in [0, inf)."""
+    log_p, log_q = F.log_softmax(teacher_logits, -1), F.log_softmax(student_logits, -1)
+    # Rounding can push a divergence of nearly equal distributions just below 0.
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).clamp(min=0)
+
+
+@_discrepancy
+def js_divergence(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of the softmaxes, (N, C) -> (N,), in nats, in [0, ln 2]."""
+    log_p, log_q = F.log_softmax(teacher_logits, -1), F.log_softmax(student_logits, -1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    to_middle = F.kl_div(log_m, log_p, reduction="none", log_target=True)
+    to_middle = to_middle + F.kl_div(log_m, log_q, reduction="none", log_target=True)
+    return (to_middle.sum(-1) / 2).clamp(min=0)
+
+
+@_discrepancy
+def total_variation(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """Half the L1 distance of the softmaxes, (N, C) -> (N,), in [0, 1]."""
+    difference = F.softmax(teacher_logits, -1) - F.softmax(student_logits, -1)
+    return difference.abs().sum(-1) / 2
+
+
+DISCREPANCIES: dict[str, Discrepancy] = {
+    f.__name__: f for f in (logit_l1, logit_l2, kl_divergence, js_divergence, total_variation)
+}
+
+
+def resolve_discrepancy(discrepancy: str | Discrepancy) -> Discrepancy:
+    """The function behind a name of :data:`DISCREPANCIES`, or a callable as it is."""
+    if callable(discrepancy):
+        return discrepancy
+    if discrepancy not in DISCREPANCIES:
+        raise AgmValueError(
+            f"unknown discrepancy {discrepancy!r}; "
+            f"choose one of {', '.join(DISCREPANCIES)} or pass a callable"
+        )
+    return DISCREPANCIES[discrepancy]
+
+
+def _gate(excess: Tensor, std: Tensor) -> Tensor:
+    """Phi(excess / std); for std = 0 its limit, the unit step with 1/2 at 0."""
+    z = excess / torch.where(std > 0, std, 1)
+    step = torch.heaviside(excess.detach(), torch.full_like(excess, 0.5))
+    return torch.where(std > 0, torch.special.erfc(-z / math.sqrt(2)) / 2, step)
+
+
+class _GaussianHinge(torch.autograd.Function):
+    """E[max(0, excess + std * N(0, 1))], element by element, for tensors of one shape and dtype."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(excess: Tensor, std: Tensor) -> Tensor:
+        # std * (phi(z) + z Phi(z)) = max(excess, 0) + std * tail(|z|), where the tail has no
+        # cancellation left: Phi(-a) = phi(a) * sqrt(pi / 2) * erfcx(a / sqrt(2)). Beyond a = 40
+        # it is 0 in every dtype, and the clamp keeps an infinite discrepancy from 0 * inf.
+        a = (excess / torch.where(std > 0, std, 1)).abs().clamp(max=40)
+        density = torch.exp(-a * a / 2) / math.sqrt(2 * math.pi)
+        mills = math.sqrt(math.pi / 2) * torch.special.erfcx(a / math.sqrt(2))
+        return excess.clamp(min=0) + std * (density * (1 - a * mills))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        excess, std = ctx.saved_tensors
+        grad_std = None
+        if ctx.needs_input_grad[1]:
+            z = excess / torch.where(std > 0, std, 1)
+            density = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+            grad_std = grad * torch.where(std > 0, density, 0)
+        return grad * _gate(excess, std), grad_std
+
+
+def _widen(
+    discrepancy: Tensor, mean: float | Tensor, std: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three as float32-or-wider tensors of one dtype and shape."""
+    d = at_least_float32(discrepancy)
+    d, mu, sigma = torch.broadcast_tensors(
+        d,
+        *(
+            v.to(device=d.device, dtype=d.dtype)
+            if isinstance(v, Tensor)
+            else d.new_full((), v)  # a fill, not a copy from the host
+            for v in (mean, std)
+        ),
+    )
+    return d, mu, sigma
+
+
+def expected_margin(discrepancy: Tensor, mean: float | Tensor, std: float | Tensor) -> Tensor:
+    """Expected Gaussian-margin loss, E[max(0, m - d)] for m ~ N(mean, std^2).
+
+    With z = (mean - d) / std it equals std * (phi(z) + z * Phi(z)); its gradient with respect to d
+    is -Phi(z): full supervision where d is far below the margin, almost none beyond it. std = 0 is
+    the plain hinge (gradient -1/2 at the kink).
+
+    Args:
+        discrepancy: d, any shape, usually (N,), >= 0.
+        mean: of the margin, in units of d; a number or a tensor that broadcasts.
+        std: of the margin, >= 0, likewise. Gradients reach all three.
+
+    Returns:
+        The loss, non-negative, non-increasing and convex in d, of d's dtype. d = inf gives 0, NaN
+        stays NaN. The tail is accurate to about 1e-6 of std in float32 at any z.
+    """
+    d, mu, sigma = _widen(discrepancy, mean, std)
+    return _GaussianHinge.apply(mu - d, sigma).to(discrepancy.dtype)
+
+
+def sampled_margin(
+    discrepancy: Tensor, mean: float | Tensor, std: float | Tensor, noise: Tensor
+) -> Tensor:
+    """Gaussian-margin loss for drawn margins, max(0, mean + std * noise - d).
+
+    Args:
+        discrepancy, mean, std: as in :func:`expected_margin`.
+        noise: standard normal draws of d's shape.
+
+    Returns:
+        The loss, of d's shape and dtype; over the noise its mean is :func:`expected_margin`.
+    """
+    if noise.shape != discrepancy.shape:
+        raise AgmValueError(
+            f"noise must have the discrepancy's shape {tuple(discrepancy.shape)}, "
+            f"got {tuple(noise.shape)}"
+        )
+    d, mu, sigma = _widen(discrepancy, mean, std)
+    return F.relu(mu + sigma * noise.to(d) - d).to(discrepancy.dtype)
+
+
+def interpolate(images: Tensor, permutation: Tensor, weight: Tensor) -> Tensor:
+    """Linear interpolation of a batch with a permutation of itself.
+
+    x' = lerp(x, x[permutation], weight)
+
+    Args:
+        images: x, (N, ...), any floating dtype; also soft labels (N, C).
+        permutation: (N,) integers.
+        weight: (N,), the share of x[permutation], in [0, 1] for the convex hull.
+
+    Returns:
+        A new tensor of x's shape, dtype and memory format. Weights 0 and 1 give back x and
+        x[permutation] exactly.
+    """
+    n = images.shape[0] if images.ndim else 0
+    if not n:
+        raise AgmValueError(f"need a batch (N, ...) with N >= 1, got {tuple(images.shape)}")
+    for name, value in (("permutation", permutation), ("weight", weight)):
+        if value.shape != (n,):
+            raise AgmValueError(f"{name} must be ({n},) for this batch, got {tuple(value.shape)}")
+    weight = weight.to(images).view(-1, *(1,) * (images.ndim - 1))
+    return torch.lerp(images, images[permutation], weight)

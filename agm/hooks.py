@@ -1,0 +1,215 @@
+"""The two points where an add-on joins a data-free quantization loop, and AGM, which uses both.
+
+images = generator(latents)
+loss = <the method's own terms>
+loss = loss + hook.generator_loss(images=images, teacher_logits=teacher(images),
+                                  student=student, other_terms=loss)            # point 1
+loss.backward(); generator_optimizer.step()
+
+batch, labels = hook.student_batch(images=images.detach(), labels=labels)       # point 2
+<the student's step on batch, labels and teacher(batch)>
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from agm.augment import LinearInterpolation
+from agm.errors import AgmValueError
+from agm.functional import (
+    Discrepancy,
+    at_least_float32,
+    check_logits,
+    expected_margin,
+    resolve_discrepancy,
+)
+
+Network = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def frozen_parameters(module: nn.Module) -> Iterator[nn.Module]:
+    """Switch the gradients of a module's parameters off, and back to what they were on leaving.
+
+    A forward inside still carries gradients to its *input*, at the cost of the input gradient
+    alone, and never writes to the parameters' ``.grad``, however late ``backward`` runs.
+    """
+    before = [(p, p.requires_grad) for p in module.parameters()]
+    try:
+        for p, _ in before:
+            p.requires_grad_(False)
+        yield module
+    finally:
+        for p, requires_grad in before:
+            p.requires_grad_(requires_grad)
+
+
+class Hook(Protocol):
+    """What a trainer calls; each method may return its neutral value (0, or what it was given)."""
+
+    def generator_loss(
+        self,
+        *,
+        images: Tensor,
+        teacher_logits: Tensor,
+        student: Network,
+        other_terms: Tensor | None = None,
+    ) -> Tensor:
+        """An extra scalar term of the generator's loss."""
+
+    def student_batch(self, *, images: Tensor, labels: Tensor | None = None) -> Any:
+        """The batch the student is to learn from: images, or (images, labels) if given labels."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the hook needs to go on exactly from here."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly from there."""
+
+
+class AGM:
+    """Adversarial Gaussian margin and linear interpolation, with nothing to tune.
+
+    The generator's term is weight * mean over the batch of E[max(0, m - d)], m ~ N(mean, std^2):
+
+    * d is the total variation between the softmaxes of teacher and student, in [0, 1] for every
+      network, bit width and number of classes;
+    * mean and std follow d itself: running averages of its batch mean and batch variance;
+    * weight holds the norm of this term's gradient at the images at ``ratio`` times that of the
+      generator's other terms. It is measured every ``interval`` calls (two extra backward passes
+      to the images) and averaged; without ``other_terms`` it stays 1.
+
+    The student's batch is interpolated (:class:`agm.LinearInterpolation`); the trainer then asks
+    the teacher about the new images.
+
+    Args:
+        loss, interpolation: switch either part off (default: both on).
+        discrepancy: a name of ``agm.functional.DISCREPANCIES`` or a callable
+            (teacher_logits, student_logits) -> (N,).
+        ratio: of the gradients' norms, > 0 (default 0.5).
+        decay: of the running averages, in [0, 1) (default 0.95).
+        interval: calls between two measurements of the weight, >= 1 (default 10).
+        seed: of the interpolation's own random generator.
+
+    Source: Luo et al., IEEE TCSVT 2024, doi 10.1109/TCSVT.2024.3399311; how margin and weight adapt
+    is this project's.
+    """
+
+    def __init__(
+        self,
+        *,
+        loss: bool = True,
+        interpolation: bool = True,
+        discrepancy: str | Discrepancy = "total_variation",
+        ratio: float = 0.5,
+        decay: float = 0.95,
+        interval: int = 10,
+        seed: int = 0,
+    ) -> None:
+        if not ratio > 0:
+            raise AgmValueError(f"ratio must be > 0, got {ratio!r}")
+        if not 0 <= decay < 1:
+            raise AgmValueError(f"decay must be in [0, 1), got {decay!r}")
+        if interval < 1:
+            raise AgmValueError(f"interval must be >= 1, got {interval!r}")
+        self.discrepancy = resolve_discrepancy(discrepancy)
+        self.ratio, self.decay, self.interval = ratio, decay, interval
+        self.loss, self.interpolation = loss, interpolation
+        self.mix = LinearInterpolation(seed=seed)
+        self.num_classes: int | None = None
+        self.calls = 0
+        # 0-dim tensors on the logits' device once seen, so that no step waits for the device.
+        self.running: dict[str, Tensor] = {}
+
+    def generator_loss(
+        self,
+        *,
+        images: Tensor,
+        teacher_logits: Tensor,
+        student: Network,
+        other_terms: Tensor | None = None,
+    ) -> Tensor:
+        """The weighted Gaussian-margin term; add it to the generator's other terms.
+
+        Args:
+            images: (N, ...), with the generator's graph behind them.
+            teacher_logits: (N, C), the teacher on these images, with their graph.
+            student: images -> logits. Its own parameters receive no gradient if it is a module;
+                wrap another callable in :func:`frozen_parameters` yourself.
+            other_terms: the generator's loss without this term, a scalar depending on ``images``.
+
+        Returns:
+            A scalar of the logits' dtype.
+        """
+        self.num_classes = teacher_logits.shape[-1]
+        if not self.loss:
+            return teacher_logits.new_zeros(())
+        with frozen_parameters(student) if isinstance(student, nn.Module) else nullcontext():
+            student_logits = student(images)
+        check_logits(teacher_logits, student_logits)
+        d = self.discrepancy(at_least_float32(teacher_logits), at_least_float32(student_logits))
+        with torch.no_grad():
+            self._follow("mean", d.mean())
+            self._follow("variance", d.var(correction=0))
+        std = self.running["variance"].sqrt()
+        term = expected_margin(d, self.running["mean"], std).mean()
+        if other_terms is not None and self.calls % self.interval == 0:
+            self._follow("weight", self._balance(term, other_terms, images))
+        self.calls += 1
+        return (term * self.running.get("weight", 1.0)).to(teacher_logits.dtype)
+
+    def student_batch(self, *, images: Tensor, labels: Tensor | None = None) -> Any:
+        """Interpolate the student's batch.
+
+        Args:
+            images: (N, ...), without a graph.
+            labels: (N,) integers, the number of classes being that of the teacher's logits last
+                seen by :meth:`generator_loss`, or (N, C) probabilities.
+
+        Returns:
+            Images, or (images, soft labels) if labels were given; as they came without
+            interpolation. The teacher must be asked again about new images.
+        """
+        if not self.interpolation:
+            return images if labels is None else (images, labels)
+        if labels is None:
+            return self.mix(images)
+        return self.mix(images, labels, num_classes=self.num_classes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running averages, call count and the interpolation's random state."""
+        return {
+            "calls": self.calls,
+            "num_classes": self.num_classes,
+            "running": {name: value.clone() for name, value in self.running.items()},
+            "interpolation": self.mix.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where :meth:`state_dict` was taken."""
+        self.calls, self.num_classes = state["calls"], state["num_classes"]
+        self.running = {name: value.clone() for name, value in state["running"].items()}
+        self.mix.load_state_dict(state["interpolation"])
+
+    def _follow(self, name: str, value: Tensor) -> None:
+        old = self.running.get(name)
+        self.running[name] = value if old is None else value.lerp(old.to(value), self.decay)
+
+    def _balance(self, term: Tensor, other_terms: Tensor, images: Tensor) -> Tensor:
+        """The weight that holds the gradients' norms at the images in ``ratio``."""
+        try:
+            ours, theirs = (
+                at_least_float32(torch.autograd.grad(t, images, retain_graph=True)[0]).norm()
+                for t in (term, other_terms)
+            )
+        except RuntimeError as error:
+            raise AgmValueError(
+                "other_terms must be a scalar that depends on images, and images must carry a "
+                f"graph: pass the generator's output itself, not a detached copy ({error})"
+            ) from error
+        old = self.running.get("weight", torch.ones_like(ours))
+        weight = self.ratio * theirs / ours
+        return torch.where(weight.isfinite(), weight, old.to(weight))

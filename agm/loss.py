@@ -1,0 +1,107 @@
+"""The adversarial Gaussian-margin loss."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from agm.errors import AgmValueError
+from agm.functional import (
+    Discrepancy,
+    at_least_float32,
+    check_logits,
+    expected_margin,
+    resolve_discrepancy,
+    sampled_margin,
+)
+
+
+class GaussianMarginLoss(nn.Module):
+    """Adversarial Gaussian-margin loss, L = max(0, m - d) with m ~ N(mean, std^2) per sample.
+
+    d >= 0 is the discrepancy between the full-precision teacher and the quantized student. The
+    *generator* minimises L, so it is pushed towards images on which the two disagree, and only
+    where they disagree too little. Stateless; the margin is fixed (:class:`agm.AGM` adapts it).
+
+    Args:
+        mean: of the margin, in the discrepancy's units (default 0.5, for ``total_variation``).
+        std: of the margin, >= 0 (default 0.25); 0 is the plain hinge.
+        discrepancy: a name of ``agm.functional.DISCREPANCIES`` or a callable
+            (teacher_logits, student_logits) -> (N,) (default ``"total_variation"``, in [0, 1]).
+        mode: ``"expected"`` (default), the closed form std * (phi(z) + z * Phi(z)) with
+            z = (mean - d) / std, free of sampling noise; or ``"sampled"``.
+        reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``.
+
+    Source: the idea is Luo et al., IEEE TCSVT 2024, doi 10.1109/TCSVT.2024.3399311; the formula and
+    the constants are this project's.
+    """
+
+    def __init__(
+        self,
+        mean: float = 0.5,
+        std: float = 0.25,
+        *,
+        discrepancy: str | Discrepancy = "total_variation",
+        mode: str = "expected",
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        if not math.isfinite(mean):
+            raise AgmValueError(f"mean must be finite, got {mean!r}")
+        if not (math.isfinite(std) and std >= 0):
+            raise AgmValueError(f"std must be finite and >= 0, got {std!r}")
+        if mode not in ("expected", "sampled"):
+            raise AgmValueError(f"mode must be 'expected' or 'sampled', got {mode!r}")
+        if reduction not in ("mean", "sum", "none"):
+            raise AgmValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        self.mean, self.std, self.mode, self.reduction = mean, std, mode, reduction
+        self.discrepancy = resolve_discrepancy(discrepancy)
+
+    def forward(
+        self,
+        *,
+        teacher_logits: Tensor,
+        student_logits: Tensor,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            teacher_logits, student_logits: (N, C). Half precision is computed in float32.
+            noise: standard normal draws, (N,); only for ``mode="sampled"``.
+            generator: draws that noise, on its own device; only for ``mode="sampled"``.
+
+        Returns:
+            A scalar, or (N,) for ``reduction="none"``, in the logits' dtype.
+        """
+        check_logits(teacher_logits, student_logits)
+        d = self.discrepancy(at_least_float32(teacher_logits), at_least_float32(student_logits))
+        if d.shape != teacher_logits.shape[:1]:
+            raise AgmValueError(
+                f"the discrepancy must return ({teacher_logits.shape[0]},), one value a sample; "
+                f"it returned {tuple(d.shape)}"
+            )
+        if self.mode == "expected":
+            if noise is not None or generator is not None:
+                raise AgmValueError("mode='expected' takes neither noise nor generator")
+            loss = expected_margin(d, self.mean, self.std)
+        else:
+            if (noise is None) == (generator is None):
+                raise AgmValueError("mode='sampled' needs exactly one of noise= and generator=")
+            if noise is None:
+                assert generator is not None
+                noise = torch.randn(
+                    d.shape, dtype=d.dtype, device=generator.device, generator=generator
+                )
+            loss = sampled_margin(d, self.mean, self.std, noise)
+        if self.reduction != "none":
+            loss = loss.mean() if self.reduction == "mean" else loss.sum()
+        return loss.to(torch.promote_types(teacher_logits.dtype, student_logits.dtype))
+
+    def extra_repr(self) -> str:
+        name = getattr(self.discrepancy, "__name__", repr(self.discrepancy))
+        return (
+            f"mean={self.mean}, std={self.std}, discrepancy={name}, "
+            f"mode={self.mode}, reduction={self.reduction}"
+        )

@@ -1,0 +1,118 @@
+"""Temporal diversity: does the generator still move, and do its images differ?"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from agm.errors import AgmValueError
+
+
+class DiversityProbe:
+    """Watch a generator through fixed latents.
+
+    Each call runs the generator on the same latents and compares with the call before:
+
+    * ``image_movement``, ``feature_movement``: mean over samples of ||now - before|| / ||before||.
+      Near 0 the generator stagnates. NaN in the first call.
+    * ``batch_similarity``: mean cosine similarity of the features of two different samples, each
+      centred on no mean, in [-1, 1]. Near 1 the batch is homogeneous.
+    * ``snapshot_similarity``: mean cosine similarity of a sample's features with *other* samples'
+      features of the call before. NaN in the first call.
+    * ``gradient_norm``: of the generator's parameters as they are; NaN if it has none.
+
+    Features are what the teacher's last linear layer receives (its output if it has none).
+    Nothing is left behind: training modes, buffers and every RNG are as before the call.
+
+    Args:
+        generator: a module or any callable, ``generator(*latents) -> images``.
+        latents: its arguments, a tensor or a tuple of tensors, kept as they are given.
+        teacher: images -> logits, a module.
+
+    Example:
+        >>> probe = DiversityProbe(generator, (latents, labels), teacher)
+        >>> row = probe()     # every k steps
+    """
+
+    def __init__(
+        self,
+        generator: Callable[..., Tensor],
+        latents: Tensor | tuple[Any, ...],
+        teacher: nn.Module,
+    ) -> None:
+        self.generator, self.teacher = generator, teacher
+        self.latents = latents if isinstance(latents, tuple) else (latents,)
+        self.images: Tensor | None = None
+        self.features: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, float]:
+        """Measure once; the keys are those of the class's description."""
+        images, features = self._observe()
+        if images.shape[0] < 2:
+            raise AgmValueError(f"need at least 2 latents to compare, got {images.shape[0]}")
+        nan = images.new_full((), torch.nan)
+        row = {
+            "image_movement": nan if self.images is None else _movement(images, self.images),
+            "feature_movement": nan
+            if self.features is None
+            else _movement(features, self.features),
+            "batch_similarity": _similarity(features, features),
+            "snapshot_similarity": nan
+            if self.features is None
+            else _similarity(features, self.features),
+            "gradient_norm": self._gradient_norm(nan),
+        }
+        self.images, self.features = images, features
+        return dict(zip(row, torch.stack(list(row.values())).tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The images and features of the last call."""
+        return {"images": self.images, "features": self.features}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where :meth:`state_dict` was taken."""
+        self.images, self.features = state["images"], state["features"]
+
+    def _observe(self) -> tuple[Tensor, Tensor]:
+        """Images and features in float32, all state put back."""
+        seen: list[Tensor] = []
+        linears = [m for m in self.teacher.modules() if isinstance(m, nn.Linear)]
+        devices = {t.device for t in self.latents if isinstance(t, Tensor) and t.is_cuda}
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=list(devices)))
+            for module in (self.generator, self.teacher):
+                if isinstance(module, nn.Module):
+                    for buffer in module.buffers():
+                        stack.callback(buffer.copy_, buffer.clone())
+            if linears:
+                handle = linears[-1].register_forward_pre_hook(
+                    lambda _module, inputs: seen.append(inputs[0])
+                )
+                stack.callback(handle.remove)
+            images = self.generator(*self.latents)
+            logits = self.teacher(images)
+            features = seen[-1] if seen else logits
+            return images.float(), features.flatten(1).float()
+
+    def _gradient_norm(self, nan: Tensor) -> Tensor:
+        parameters = self.generator.parameters() if isinstance(self.generator, nn.Module) else ()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients).to(nan) if gradients else nan
+
+
+def _movement(now: Tensor, before: Tensor) -> Tensor:
+    """Mean over samples of the relative Euclidean distance."""
+    before = before.to(now)
+    distance = (now - before).flatten(1).norm(dim=1)
+    return (distance / before.flatten(1).norm(dim=1).clamp(min=1e-12)).mean()
+
+
+def _similarity(now: Tensor, before: Tensor) -> Tensor:
+    """Mean cosine similarity over pairs of different samples, (N, D) x (N, D) -> ()."""
+    cosine = F.normalize(now, dim=1) @ F.normalize(before.to(now), dim=1).T
+    n = len(cosine)
+    return (cosine.sum() - cosine.diagonal().sum()) / (n * (n - 1))
