@@ -1,0 +1,16 @@
+"""Generator-based data-free quantization: GDFQ, Qimera and AdaDFQ on one loop that takes hooks."""
+
+from baselines.checkpoint import load_quantized, save_quantized
+from baselines.errors import BaselineError
+from baselines.run import METHODS, RECIPES, Interrupted, Result, quantize
+
+__all__ = [
+    "METHODS",
+    "RECIPES",
+    "BaselineError",
+    "Interrupted",
+    "Result",
+    "load_quantized",
+    "quantize",
+    "save_quantized",
+]

@@ -1,0 +1,153 @@
+"""Files that survive: written aside, synced, renamed; verified before anything is parsed.
+
+A file is MAGIC, the SHA-256 of the rest, and the rest: a ``torch.save`` archive, read back with
+``weights_only=True`` and nothing else.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from baselines.errors import CheckpointError
+from baselines.student import QuantizationConfig, build_student
+
+MAGIC = b"agm checkpoint 1\n"
+DIGEST_SIZE = hashlib.sha256().digest_size
+
+
+def save(path: str | Path, state: dict[str, Any], *, keep_previous: bool = False) -> None:
+    """Write ``state`` to ``path``; a crash at any moment leaves the old file or the new one.
+
+    Args:
+        keep_previous: keep the file that was there as ``<path>.previous``.
+
+    Raises:
+        CheckpointError: the disk is full or the folder not writable; the old file is intact.
+    """
+    path = Path(path)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getbuffer()
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(MAGIC)
+            file.write(hashlib.sha256(payload).digest())
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_previous and path.exists():
+            os.replace(path, previous(path))
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"could not write {path}: {error.strerror or error}; the file that was there is "
+            "intact. Free some space or choose another folder"
+        ) from error
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read what :func:`save` wrote.
+
+    Raises:
+        CheckpointError: missing, damaged, or not one of these files.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    start = len(MAGIC) + DIGEST_SIZE
+    if not data.startswith(MAGIC):
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this program, or its first bytes are damaged"
+        )
+    payload = memoryview(data)[start:]
+    if hashlib.sha256(payload).digest() != data[len(MAGIC) : start]:
+        raise CheckpointError(
+            f"{path} is damaged: its checksum does not match; use another copy or start anew"
+        )
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path} holds more than plain tensors and is refused") from error
+    return state
+
+
+def load_newest(path: str | Path) -> dict[str, Any] | None:
+    """The newest intact one of ``path`` and ``<path>.previous``; None if neither exists.
+
+    A damaged newest file is named in a warning; a temporary file of a killed run is removed.
+    """
+    path = Path(path)
+    path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+    candidates = [p for p in (path, previous(path)) if p.exists()]
+    for i, candidate in enumerate(candidates):
+        try:
+            return load(candidate)
+        except CheckpointError as error:
+            if i == len(candidates) - 1:
+                raise
+            warnings.warn(f"{error}; going on from {candidates[i + 1]}", stacklevel=2)
+    return None
+
+
+def previous(path: Path) -> Path:
+    """Where :func:`save` keeps the file before the newest."""
+    return path.with_name(path.name + ".previous")
+
+
+def save_quantized(model: nn.Module, config: QuantizationConfig, path: str | Path) -> None:
+    """Write a quantized network: its configuration and its state."""
+    save(path, {"config": vars(config), "model": model.state_dict()})
+
+
+def load_quantized(path: str | Path, architecture: nn.Module) -> nn.Module:
+    """Read a quantized network back, in eval mode, with the same predictions.
+
+    Args:
+        architecture: the full-precision network it was made from; its weights do not matter.
+
+    Raises:
+        CheckpointError: as :func:`load`, or the file is of another network.
+    """
+    state = load(path)
+    if set(state) != {"config", "model"}:
+        raise CheckpointError(f"{path} is not a quantized network; it holds {sorted(state)}")
+    model, _ = build_student(architecture, QuantizationConfig(**state["config"]))
+    load_matching(model, state["model"], str(path))
+    return model
+
+
+def load_matching(model: nn.Module, state: dict[str, Any], source: str) -> None:
+    """``load_state_dict``, with a named error and an untouched model where the two differ."""
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    reshaped = [
+        f"{k}: {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in own.keys() & state.keys()
+        if own[k].shape != state[k].shape
+    ]
+    if missing or unexpected or reshaped:
+        raise CheckpointError(
+            f"{source} is of another network: missing {missing[:3]}, unexpected {unexpected[:3]}, "
+            f"other shapes {sorted(reshaped)[:3]}; give the architecture that it was made from"
+        )
+    model.load_state_dict(state)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

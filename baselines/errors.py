@@ -1,0 +1,23 @@
+"""Named errors of the trainers; each says what was received, what was expected and what to do."""
+
+from agm import AgmError
+
+
+class BaselineError(AgmError):
+    """Root of the trainers' errors."""
+
+
+class ConfigError(BaselineError, ValueError):
+    """An option is unknown or out of range."""
+
+
+class UnsupportedLayerError(BaselineError, ValueError):
+    """The network holds a layer that should be quantized and cannot be."""
+
+
+class NonFiniteLossError(BaselineError, ValueError):
+    """A loss term became infinite or NaN; the weights are those before the step."""
+
+
+class CheckpointError(BaselineError, ValueError):
+    """A checkpoint is missing, damaged, or of another network or run."""

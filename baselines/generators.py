@@ -1,0 +1,99 @@
+"""Image generators: a latent to an image, by two nearest-neighbour upsamplings."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from baselines.errors import ConfigError
+
+
+class Decoder(nn.Module):
+    """(N, latent_dim) -> (N, channels, s, s), each channel of the batch standardised.
+
+    linear to width x (s/4)^2 -> BN -> x2 -> conv -> BN -> LeakyReLU -> x2 -> conv, half as wide
+    -> BN -> LeakyReLU -> conv -> tanh -> BN without affine. The BNs after convolutions have the
+    published eps of 0.8.
+
+    Args:
+        num_classes: with a number, the BNs' affine parameters are one set per class.
+        width: of the first convolution (default 128, the published one).
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        image_size: int,
+        channels: int,
+        *,
+        width: int = 128,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        if image_size < 4 or image_size % 4:
+            raise ConfigError(f"image_size must be a multiple of 4, got {image_size}")
+        self.start = (width, image_size // 4, image_size // 4)
+        self.linear = nn.Linear(latent_dim, width * (image_size // 4) ** 2)
+        self.norm0 = ClassNorm(width, 1e-5, num_classes)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.norm1 = ClassNorm(width, 0.8, num_classes)
+        self.conv2 = nn.Conv2d(width, width // 2, 3, padding=1)
+        self.norm2 = ClassNorm(width // 2, 0.8, num_classes)
+        self.conv3 = nn.Conv2d(width // 2, channels, 3, padding=1)
+        self.standardise = nn.BatchNorm2d(channels, affine=False)
+
+    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        x = self.linear(latents).view(-1, *self.start)
+        x = self.norm0(x, labels)
+        x = F.leaky_relu(self.norm1(self.conv1(upsample(x)), labels), 0.2)
+        x = F.leaky_relu(self.norm2(self.conv2(upsample(x)), labels), 0.2)
+        return self.standardise(torch.tanh(self.conv3(x)))
+
+
+class ClassNorm(nn.Module):
+    """BatchNorm whose affine parameters are shared, or (``num_classes``) one set per class."""
+
+    def __init__(self, channels: int, eps: float, num_classes: int | None) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, eps=eps, affine=num_classes is None)
+        if num_classes is not None:
+            self.gain = nn.Embedding(num_classes, channels)
+            self.shift = nn.Embedding(num_classes, channels)
+            nn.init.ones_(self.gain.weight)
+            nn.init.zeros_(self.shift.weight)
+
+    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        x = self.norm(x)
+        if self.norm.affine:
+            return x
+        return x * self.gain(labels)[..., None, None] + self.shift(labels)[..., None, None]
+
+
+def upsample(x: Tensor) -> Tensor:
+    """Nearest neighbour, x2."""
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+class LabelledGenerator(nn.Module):
+    """(z, y) -> images: z * embedding(y) on small images, class-conditional BNs on large ones."""
+
+    def __init__(
+        self, num_classes: int, image_size: int, channels: int, *, latent_dim: int, width: int
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.latent_dim = num_classes, latent_dim
+        conditional = num_classes if image_size > 64 else None
+        self.embedding = None if conditional else nn.Embedding(num_classes, latent_dim)
+        self.decoder = Decoder(
+            latent_dim, image_size, channels, width=width, num_classes=conditional
+        )
+
+    def sample(self, n: int, rng: torch.Generator) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """The inputs (z, y) for n images, and their labels y, (n,) integers."""
+        z = torch.randn(n, self.latent_dim, generator=rng, device=rng.device)
+        labels = torch.randint(self.num_classes, (n,), generator=rng, device=rng.device)
+        return (z, labels), labels
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        if self.embedding is None:
+            return self.decoder(z, labels)
+        return self.decoder(z * self.embedding(labels))

@@ -1,0 +1,216 @@
+"""A whole run: from a teacher to its quantized network, measured, checkpointed, resumable."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agm import DiversityProbe, Hook
+from baselines import adadfq, checkpoint, gdfq, qimera
+from baselines.errors import CheckpointError
+from baselines.quantizers import check_choice
+from baselines.recipe import Recipe
+from baselines.student import BitPolicy, QuantizationConfig
+from baselines.trainer import Trainer
+
+METHODS = {"gdfq": gdfq, "qimera": qimera, "adadfq": adadfq}
+RECIPES = ("quick", "paper")
+
+
+class Interrupted(Exception):
+    """The caller asked to stop; the run's checkpoint, if it has one, is saved."""
+
+
+@dataclass
+class Result:
+    """What a run leaves.
+
+    Attributes:
+        model: the quantized network in eval mode.
+        config, policy: how it is quantized; ``print(policy)`` is a table.
+        history: one dict a record: ``step``, the losses, and where measured ``accuracy`` and the
+            diversity probe's figures. The first accuracy is that straight after quantization.
+        images: synthetic images of the last generator, (64, C, s, s), normalised as the teacher's.
+        seconds: of training, without evaluation and probes; steps_per_s likewise.
+        recipe, precision: what was used.
+    """
+
+    model: nn.Module
+    config: QuantizationConfig
+    policy: BitPolicy
+    history: list[dict[str, float]]
+    images: Tensor
+    seconds: float
+    steps_per_s: float
+    recipe: Recipe
+    precision: str
+    accuracies: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.accuracies = [row["accuracy"] for row in self.history if "accuracy" in row]
+
+    def save(self, path: str | Path) -> None:
+        """Write the quantized network; :func:`baselines.load_quantized` reads it."""
+        checkpoint.save_quantized(self.model, self.config, path)
+
+
+def quantize(
+    teacher: nn.Module,
+    *,
+    method: str = "gdfq",
+    weight_bits: int = 3,
+    act_bits: int = 3,
+    hooks: Sequence[Hook] = (),
+    image_size: int = 32,
+    recipe: str = "quick",
+    steps: int | None = None,
+    batch_size: int | None = None,
+    scheme: str = "asymmetric",
+    edge_bits: int | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    precision: str = "auto",
+    evaluate: Callable[[nn.Module], float] | None = None,
+    records: int = 20,
+    checkpoint_path: str | Path | None = None,
+    checkpoint_every: int = 200,
+    resume: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+    on_step: Callable[[int, dict[str, Tensor]], None] = lambda step, terms: None,
+    on_policy: Callable[[BitPolicy], None] = lambda policy: None,
+) -> Result:
+    """Quantize a trained classifier without data.
+
+    Args:
+        teacher: images (N, C, s, s) -> logits, with BatchNorm, Conv, Linear and ReLU; untouched.
+        method: ``"gdfq"``, ``"qimera"`` or ``"adadfq"``.
+        weight_bits, act_bits: 2 to 8.
+        hooks: add-ons, e.g. ``[AGM()]``; each run needs its own.
+        image_size: s, a multiple of 4; the channels are those of the first convolution.
+        recipe: ``"quick"``, or ``"paper"`` for the published settings.
+        steps, batch_size: in place of the recipe's; the proportions of the schedule stay.
+        scheme, edge_bits: see :class:`baselines.student.QuantizationConfig`.
+        evaluate: quantized network -> accuracy; called straight after quantization, then at every
+            record. Never used for training or selection: ``model`` is that of the last step.
+        records: how often history is written, evenly over the run.
+        checkpoint_path, checkpoint_every, resume: where and how often (steps) to save the run, and
+            whether to go on from there; the result is then bit-identical to an unbroken run.
+        stop: asked after every step; True saves and raises :class:`Interrupted`.
+        on_step, on_policy: told the step and its losses, and the policy before training.
+
+    Raises:
+        BaselineError: see :mod:`baselines.errors`; always before the first step, or with the
+            weights of the step before.
+    """
+    check_choice("method", method, METHODS)
+    check_choice("recipe", recipe, RECIPES)
+    losses, base = getattr(METHODS[method], recipe)(image_size)
+    changes = {"steps": steps, "batch_size": batch_size}
+    plan = replace(base, **{k: v for k, v in changes.items() if v is not None})
+    config = QuantizationConfig(
+        weight_bits=weight_bits, act_bits=act_bits, scheme=scheme, edge_bits=edge_bits,
+        ste=plan.ste, range_estimator=plan.range_estimator, fold_batch_norm=plan.fold_batch_norm,
+    )  # fmt: skip
+    trainer = Trainer(
+        teacher,
+        method=losses,
+        recipe=plan,
+        config=config,
+        image_shape=(_input_channels(teacher), image_size, image_size),
+        hooks=hooks,
+        seed=seed,
+        device=device,
+        precision=precision,
+    )
+    on_policy(trainer.policy)
+    run = _Run(trainer, evaluate, records)
+    identity = {"method": method, "plan": vars(plan), "config": vars(config), "seed": seed}
+    if resume and checkpoint_path is not None:
+        state = checkpoint.load_newest(checkpoint_path)
+        if state is not None:
+            run.load_state_dict(state, identity)
+    while trainer.step_count < plan.steps:
+        on_step(trainer.step_count, run.advance())
+        stopping = stop()
+        due = trainer.step_count % checkpoint_every == 0
+        if checkpoint_path is not None and (stopping or due):
+            checkpoint.save(checkpoint_path, run.state_dict(identity), keep_previous=True)
+        if stopping:
+            raise Interrupted(f"stopped after step {trainer.step_count} of {plan.steps}")
+    return Result(
+        model=trainer.student.requires_grad_(False).eval(),
+        config=config,
+        policy=trainer.policy,
+        history=run.history,
+        images=trainer.sample_images(64),
+        seconds=run.seconds,
+        steps_per_s=plan.steps / run.seconds,
+        recipe=plan,
+        precision=trainer.precision,
+    )
+
+
+class _Run:
+    """A trainer, its history and its clock."""
+
+    def __init__(
+        self, trainer: Trainer, evaluate: Callable[[nn.Module], float] | None, records: int
+    ) -> None:
+        self.trainer, self.evaluate = trainer, evaluate
+        steps = trainer.recipe.steps
+        self.record_at = {round(steps * (i + 1) / records) for i in range(records)}
+        rng = torch.Generator(trainer.device).manual_seed(trainer.seed)
+        latents, _ = trainer.generator.sample(64, rng)
+        self.probe = DiversityProbe(trainer.generator, latents, trainer.teacher)
+        self.history: list[dict[str, float]] = []
+        self.seconds = 0.0
+
+    def advance(self) -> dict[str, Tensor]:
+        """One step, timed, and a record of it where one is due."""
+        start = time.perf_counter()
+        terms = self.trainer.step()
+        if self.trainer.step_count in self.record_at:  # waits for the device: the clock is right
+            row = {"step": self.trainer.step_count} | {k: v.item() for k, v in terms.items()}
+        self.seconds += time.perf_counter() - start
+        step, warmup = self.trainer.step_count, self.trainer.recipe.warmup_steps
+        if step in self.record_at:
+            self.history.append(row | self.probe())
+        if self.evaluate is not None and (
+            step == warmup or (step in self.record_at and step > warmup)
+        ):
+            if not self.history or self.history[-1]["step"] != step:
+                self.history.append({"step": step})
+            self.history[-1]["accuracy"] = self.evaluate(self.trainer.student)
+        return terms
+
+    def state_dict(self, identity: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "identity": identity,
+            "trainer": self.trainer.state_dict(),
+            "probe": self.probe.state_dict(),
+            "history": self.history,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], identity: dict[str, Any]) -> None:
+        if state["identity"] != identity:
+            theirs, ours = state["identity"], identity
+            differing = [k for k in ours if theirs.get(k) != ours[k]]
+            raise CheckpointError(
+                f"the checkpoint is of another run: {', '.join(differing)} differ; repeat the "
+                "command that it was made with, or start anew in another folder"
+            )
+        self.trainer.load_state_dict(state["trainer"])
+        self.probe.load_state_dict(state["probe"])
+        self.history, self.seconds = state["history"], state["seconds"]
+
+
+def _input_channels(teacher: nn.Module) -> int:
+    for module in teacher.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    return 3

@@ -1,0 +1,301 @@
+"""From a trained network to its quantized copy: torch.fx finds the tensors, a policy lists them."""
+
+import copy
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from baselines.errors import UnsupportedLayerError
+from baselines.quantizers import (
+    RANGE_ESTIMATORS,
+    SCHEMES,
+    STES,
+    ActivationQuantizer,
+    WeightQuantizer,
+    check_bits,
+    check_choice,
+)
+
+WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+RELUS = (nn.ReLU, nn.ReLU6)
+RELU_FUNCTIONS = (F.relu, F.relu6, F.relu_, torch.relu, torch.relu_)
+RELU_METHODS = ("relu", "relu_")
+# Values pass through these as they are, so a quantized tensor stays one.
+TRANSPARENT = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Flatten, nn.Identity, nn.Dropout)
+TRANSPARENT_FUNCTIONS = (torch.flatten, F.max_pool2d, F.dropout, F.pad, operator.getitem)
+TRANSPARENT_METHODS = ("flatten", "view", "reshape", "contiguous", "squeeze")
+AVERAGES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool1d)
+# Activation functions without a quantizer here: leaving them in floating point would go unseen.
+FOREIGN_ACTIVATIONS = (
+    nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU,
+    nn.CELU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Hardtanh, nn.RReLU,
+)  # fmt: skip
+FOREIGN_FUNCTIONS = {
+    "silu", "gelu", "hardswish", "hardsigmoid", "leaky_relu", "prelu", "elu", "selu", "celu",
+    "mish", "sigmoid", "tanh", "softplus", "hardtanh", "conv1d", "conv2d", "conv3d", "linear",
+    "conv_transpose2d", "matmul", "bmm", "einsum", "scaled_dot_product_attention",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """How the student is quantized.
+
+    Args:
+        weight_bits, act_bits: 2 to 8.
+        scheme: ``"asymmetric"`` or ``"symmetric"`` weights.
+        ste: straight-through gradient of the activations, ``"identity"`` or ``"clipped"``.
+        range_estimator: of the activations, ``"max"``, ``"percentile"`` or ``"mse"``.
+        edge_bits: bits for the first and last layer's weights and the last layer's input, or None
+            to treat them as the others.
+        fold_batch_norm: fold each BatchNorm into the convolution before it.
+    """
+
+    weight_bits: int = 3
+    act_bits: int = 3
+    scheme: str = "asymmetric"
+    ste: str = "identity"
+    range_estimator: str = "max"
+    edge_bits: int | None = None
+    fold_batch_norm: bool = False
+
+    def __post_init__(self) -> None:
+        check_bits("weight_bits", self.weight_bits)
+        check_bits("act_bits", self.act_bits)
+        if self.edge_bits is not None:
+            check_bits("edge_bits", self.edge_bits)
+        check_choice("scheme", self.scheme, SCHEMES)
+        check_choice("ste", self.ste, STES)
+        check_choice("range_estimator", self.range_estimator, RANGE_ESTIMATORS)
+
+
+@dataclass
+class BitPolicy:
+    """What is quantized how, and what stays in floating point; ``str()`` is a table."""
+
+    rows: list[tuple[str, str, str, str]] = field(default_factory=list)
+
+    def add(self, tensor: str, kind: str, bits: str, detail: str) -> None:
+        self.rows.append((tensor, kind, bits, detail))
+
+    def __str__(self) -> str:
+        rows = [("tensor", "kind", "bits", "how"), *self.rows]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = [
+            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]])
+            for row in rows
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def build_student(
+    teacher: nn.Module, config: QuantizationConfig
+) -> tuple[fx.GraphModule, BitPolicy]:
+    """A quantized copy of ``teacher`` in eval mode, and its bit policy.
+
+    Weights of Conv and Linear are quantized per output channel by a parametrization; an activation
+    quantizer follows every ReLU or ReLU6 *call*, so a module used twice gets two ranges.
+
+    Raises:
+        UnsupportedLayerError: naming what cannot be traced or quantized. ``teacher`` is untouched.
+    """
+    model = copy.deepcopy(teacher).eval()
+    try:
+        student = fx.symbolic_trace(model)
+    except Exception as error:
+        raise UnsupportedLayerError(
+            f"{type(teacher).__name__} cannot be traced by torch.fx ({error}); its forward must "
+            "not branch on tensor values: rewrite that part or wrap it in a leaf module"
+        ) from error
+    _refuse_unsupported(student)
+    if config.fold_batch_norm:
+        _fold_batch_norms(student)
+    policy = BitPolicy()
+    _quantize_weights(student, config, policy)
+    _quantize_activations(student, config, policy)
+    student.graph.lint()
+    student.recompile()
+    _list_floating_point(student, policy)
+    return student.eval(), policy
+
+
+def _module(student: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return student.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _refuse_unsupported(student: fx.GraphModule) -> None:
+    weighted = 0
+    for node in student.graph.nodes:
+        module, name = _module(student, node), str(node.target)
+        kind = (
+            type(module).__name__ if module is not None else getattr(node.target, "__name__", name)
+        )
+        if node.op == "get_attr" and isinstance(_attribute(student, name), nn.Parameter):
+            raise UnsupportedLayerError(
+                f"parameter {name!r} is used outside of a layer; only the weights of Conv and "
+                "Linear modules can be quantized"
+            )
+        foreign = node.op in ("call_function", "call_method") and kind in FOREIGN_FUNCTIONS
+        if isinstance(module, FOREIGN_ACTIVATIONS) or foreign:
+            raise UnsupportedLayerError(
+                f"{name!r} ({kind}) cannot be quantized: activations must be ReLU or ReLU6, and "
+                "weights must belong to Conv or Linear modules; replace it and fine-tune first"
+            )
+        if isinstance(module, WEIGHTED):
+            weighted += 1
+        elif (
+            module is not None
+            and not isinstance(module, BATCH_NORMS)
+            and any(True for _ in module.parameters())
+        ):
+            raise UnsupportedLayerError(
+                f"layer {name!r} ({kind}) has weights that cannot be quantized; supported are "
+                "Conv1d/2d/3d, Linear and BatchNorm"
+            )
+    if not weighted:
+        raise UnsupportedLayerError("the network has no Conv or Linear module to quantize")
+
+
+def _attribute(student: fx.GraphModule, target: str) -> Any:
+    value: Any = student
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _fold_batch_norms(student: fx.GraphModule) -> None:
+    """conv -> BatchNorm becomes one conv; exact in eval mode."""
+    calls: dict[str, int] = {}
+    for node in student.graph.nodes:
+        calls[str(node.target)] = calls.get(str(node.target), 0) + 1
+    for node in list(student.graph.nodes):
+        norm = _module(student, node)
+        source = node.args[0] if node.args else None
+        conv = _module(student, source) if isinstance(source, fx.Node) else None
+        if not (isinstance(norm, BATCH_NORMS) and isinstance(conv, CONVOLUTIONS)):
+            continue
+        if len(source.users) > 1 or calls[str(source.target)] > 1 or norm.running_mean is None:
+            continue
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps,
+            norm.weight, norm.bias,
+        )  # fmt: skip
+        node.replace_all_uses_with(source)
+        student.graph.erase_node(node)
+    student.delete_all_unused_submodules()
+
+
+def _quantize_weights(
+    student: fx.GraphModule, config: QuantizationConfig, policy: BitPolicy
+) -> None:
+    names = [n.target for n in student.graph.nodes if isinstance(_module(student, n), WEIGHTED)]
+    for name in dict.fromkeys(names):
+        edge = config.edge_bits is not None and name in (names[0], names[-1])
+        bits = config.edge_bits if edge else config.weight_bits
+        assert bits is not None
+        module = student.get_submodule(name)
+        shape = "x".join(map(str, module.weight.shape))
+        parametrize.register_parametrization(module, "weight", WeightQuantizer(bits, config.scheme))
+        policy.add(f"{name}.weight", "weight", str(bits), f"{shape}, per channel, {config.scheme}")
+
+
+def _is_relu(student: fx.GraphModule, node: fx.Node) -> bool:
+    return (
+        isinstance(_module(student, node), RELUS)
+        or (node.op == "call_function" and node.target in RELU_FUNCTIONS)
+        or (node.op == "call_method" and node.target in RELU_METHODS)
+    )
+
+
+def _quantize_activations(
+    student: fx.GraphModule, config: QuantizationConfig, policy: BitPolicy
+) -> None:
+    relus = [node for node in student.graph.nodes if _is_relu(student, node)]
+    last = [n for n in student.graph.nodes if isinstance(_module(student, n), WEIGHTED)][-1]
+    before_last = _source(student, last, through_averages=True)
+    for node in relus:
+        edge = config.edge_bits is not None and node is before_last
+        bits = config.edge_bits if edge else config.act_bits
+        assert bits is not None
+        name = f"{node.name}_quantizer"
+        student.add_submodule(
+            name, ActivationQuantizer(bits, ste=config.ste, range_estimator=config.range_estimator)
+        )
+        with student.graph.inserting_after(node):
+            quantized = student.graph.call_module(name, (node,))
+        node.replace_all_uses_with(
+            quantized, delete_user_cb=lambda user, q=quantized: user is not q
+        )
+        how = f"per tensor, unsigned, {config.range_estimator} range, {config.ste} gradient"
+        policy.add(node.name, "activation", str(bits), how)
+
+
+def _source(student: fx.GraphModule, node: fx.Node, *, through_averages: bool = False) -> fx.Node:
+    """The node whose values reach ``node``'s first input unchanged."""
+    passing = TRANSPARENT + (AVERAGES if through_averages else ())
+    current = node.args[0]
+    while isinstance(current, fx.Node) and (
+        isinstance(_module(student, current), passing)
+        or (current.op == "call_function" and current.target in TRANSPARENT_FUNCTIONS)
+        or (current.op == "call_method" and current.target in TRANSPARENT_METHODS)
+        or (through_averages and _is_average(student, current))
+    ):
+        current = current.args[0]
+    assert isinstance(current, fx.Node)
+    return current
+
+
+def _is_average(student: fx.GraphModule, node: fx.Node) -> bool:
+    return (
+        isinstance(_module(student, node), AVERAGES)
+        or (node.op == "call_function" and "avg_pool" in getattr(node.target, "__name__", ""))
+        or (node.op in ("call_method", "call_function") and "mean" in str(node.target))
+    )
+
+
+def _list_floating_point(student: fx.GraphModule, policy: BitPolicy) -> None:
+    """The inputs of weighted layers, and of sums, that no quantizer has seen."""
+    sums = (operator.add, operator.iadd, torch.add)
+    listed: set[fx.Node] = set()
+    for node in student.graph.nodes:
+        is_sum = node.op == "call_function" and node.target in sums
+        if not (is_sum or isinstance(_module(student, node), WEIGHTED)):
+            continue
+        source = _source(student, node)
+        for source in (
+            [_source(student, node)]
+            if not is_sum
+            else [a for a in node.args if isinstance(a, fx.Node)]
+        ):
+            module = _module(student, source)
+            if source in listed or isinstance(module, ActivationQuantizer):
+                continue
+            listed.add(source)
+            if source.op == "placeholder":
+                why = "the input image"
+            elif source.op == "call_function" and source.target in sums:
+                why = "sum after a residual add"
+            elif isinstance(module, (*WEIGHTED, *BATCH_NORMS)):
+                why = "output without a ReLU (linear bottleneck or residual branch)"
+            elif _is_average(student, source):
+                why = "average of quantized values"
+            else:
+                why = "no ReLU between it and the next layer"
+            policy.add(source.name, "activation", "float", why)
+    policy.add("biases, BatchNorm, logits", "other", "float", "not quantized")
+
+
+def check_logits_shape(logits: Tensor) -> int:
+    """The number of classes of (N, C) logits."""
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UnsupportedLayerError(f"the network must return logits (N, C), got {got}")
+    return logits.shape[1]

@@ -1,0 +1,261 @@
+"""One loop for every method.
+
+    for step in range(recipe.steps):
+        latents, labels = generator.sample()
+        images = generator(latents)
+        p = teacher(images)                                    # BNS is collected on the way
+        terms = method.generator_terms(images, labels, p, bns, student)
+        terms += hook.generator_loss(images, p, student)       # hook point 1, after the warm-up
+        generator learns from the sum of the terms
+        images = images.detach()
+        if warming up:
+            student observes its activation ranges             # the last part of the warm-up
+        else:
+            images, labels = hook.student_batch(images, labels)            # hook point 2
+            p = teacher(images) if a hook changed them else p.detach()
+            student learns from method.student_terms(student(images), p, labels)
+
+Teacher and student stay in eval mode, the generator in train mode.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from agm import Hook, frozen_parameters
+from agm.hooks import Network
+from baselines.bn_stats import batch_norm_statistics
+from baselines.errors import CheckpointError, ConfigError, NonFiniteLossError
+from baselines.quantizers import observing
+from baselines.recipe import Recipe
+from baselines.student import QuantizationConfig, build_student, check_logits_shape
+
+
+class Method(Protocol):
+    """What a method's file provides; see :mod:`baselines.gdfq` for the shapes."""
+
+    def make_generator(
+        self, teacher: nn.Module, num_classes: int, image_shape: tuple[int, int, int]
+    ) -> nn.Module: ...
+    def generator_terms(
+        self,
+        *,
+        images: Tensor,
+        labels: Tensor,
+        teacher_logits: Tensor,
+        bns: Tensor,
+        student: Network,
+    ) -> dict[str, Tensor]: ...
+    def student_terms(
+        self, *, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]: ...
+
+
+class Trainer:
+    """A run of a method, step by step.
+
+    Args:
+        teacher: a trained classifier, images -> logits (N, C), with BatchNorm; it is copied and
+            left as it is.
+        method, recipe: what to learn from and how.
+        config: bits and quantizers.
+        image_shape: (channels, s, s).
+        hooks: the add-ons, called in this order.
+        seed: of the generator's initial weights and of all draws.
+        device: where to train.
+        precision: ``"fp32"`` or ``"bf16"`` (autocast), or ``"auto"``: bf16 where the device
+            computes in it, else fp32.
+
+    Attributes:
+        student, policy: the quantized network and what was quantized how.
+        step_count: steps done.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        *,
+        method: Method,
+        recipe: Recipe,
+        config: QuantizationConfig,
+        image_shape: tuple[int, int, int],
+        hooks: Sequence[Hook] = (),
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        precision: str = "auto",
+    ) -> None:
+        self.method, self.recipe, self.hooks, self.seed = method, recipe, list(hooks), seed
+        self.device = torch.device(device)
+        self.precision = resolve_precision(precision, self.device)
+        self.teacher = self._place(copy.deepcopy(teacher).eval().requires_grad_(False))
+        with torch.no_grad():
+            probe = torch.zeros(2, *image_shape, device=self.device)
+            self.num_classes = check_logits_shape(self.teacher(probe))
+        student, self.policy = build_student(teacher, config)
+        self.student = self._place(student.requires_grad_(True))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            generator = method.make_generator(self.teacher, self.num_classes, image_shape)
+        self.generator = self._place(generator.train())
+        self.generator_optimizer, self.student_optimizer = recipe.optimizers(
+            self.generator, self.student
+        )
+        self.rng = torch.Generator(self.device).manual_seed(seed)
+        self.step_count = 0
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the next step trains the generator alone."""
+        return self.step_count < self.recipe.warmup_steps
+
+    def step(self) -> dict[str, Tensor]:
+        """One turn of the loop; returns its loss terms, detached, keys ``G/...`` and ``Q/...``.
+
+        Raises:
+            NonFiniteLossError: naming the term; the weights are those before the update.
+        """
+        factor = self.recipe.factor(self.step_count)
+        self.generator_optimizer.param_groups[0]["lr"] = self.recipe.generator_lr * factor
+        self.student_optimizer.param_groups[0]["lr"] = self.recipe.student_lr * factor
+        images, teacher_logits, labels, terms = self._generator_step()
+        if not self.warming_up:
+            terms |= self._student_step(images, teacher_logits, labels)
+        elif self.step_count >= self.recipe.warmup_steps - self.recipe.observe_steps:
+            with observing(self.student), torch.no_grad():
+                self._run(self.student, images)
+        self.step_count += 1
+        return terms
+
+    def _generator_step(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        latents, labels = self.generator.sample(self.recipe.batch_size, self.rng)
+        images = self._run(self.generator, *latents)
+        with batch_norm_statistics(self.teacher) as statistics:
+            teacher_logits = self._run(self.teacher, images).float()
+        with frozen_parameters(self.student):
+            student = remembered(lambda x: self._run(self.student, x).float())
+            terms = self.method.generator_terms(
+                images=images,
+                labels=labels,
+                teacher_logits=teacher_logits,
+                bns=statistics.loss(),
+                student=student,
+            )
+            for hook in () if self.warming_up else self.hooks:
+                name = type(hook).__name__
+                terms[name] = hook.generator_loss(
+                    images=images,
+                    teacher_logits=teacher_logits,
+                    student=student,
+                    other_terms=total(terms),
+                )
+        self._learn(self.generator_optimizer, terms, "G")
+        named = {f"G/{name}": term.detach() for name, term in terms.items()}
+        return images.detach(), teacher_logits.detach(), labels, named
+
+    def _student_step(
+        self, images: Tensor, teacher_logits: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        batch = images
+        for hook in self.hooks:
+            batch, labels = hook.student_batch(images=batch, labels=labels)
+        if batch is not images:
+            with torch.no_grad():
+                teacher_logits = self._run(self.teacher, batch).float()
+        student_logits = self._run(self.student, batch).float()
+        terms = self.method.student_terms(
+            student_logits=student_logits, teacher_logits=teacher_logits, labels=labels
+        )
+        self._learn(self.student_optimizer, terms, "Q")
+        return {f"Q/{name}": term.detach() for name, term in terms.items()}
+
+    def _learn(
+        self, optimizer: torch.optim.Optimizer, terms: dict[str, Tensor], network: str
+    ) -> None:
+        values = torch.stack([term.detach().float() for term in terms.values()])
+        if not values.isfinite().all():
+            bad = {n: v for n, v in zip(terms, values.tolist(), strict=True)}
+            raise NonFiniteLossError(
+                f"step {self.step_count}, seed {self.seed}: loss of {network} is not finite: "
+                f"{bad}; the weights are those before this step. Lower the learning rate, or check that "
+                "the teacher gives finite logits"
+            )
+        optimizer.zero_grad(set_to_none=True)
+        total(terms).backward()
+        optimizer.step()
+
+    def _run(self, network: nn.Module, *inputs: Tensor) -> Tensor:
+        with torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
+        ):
+            return network(*inputs)
+
+    def _place(self, network: nn.Module) -> nn.Module:
+        return network.to(self.device, memory_format=torch.channels_last)
+
+    def sample_images(self, n: int, seed: int = 0) -> Tensor:
+        """n images of the present generator, (n, C, s, s) float32; the run is left untouched."""
+        rng = torch.Generator(self.device).manual_seed(seed)
+        latents, _ = self.generator.sample(n, rng)
+        generator = copy.deepcopy(self.generator)
+        with torch.no_grad():
+            return self._run(generator, *latents).float()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run needs to go on bit by bit."""
+        return {
+            "step": self.step_count,
+            "generator": self.generator.state_dict(),
+            "student": self.student.state_dict(),
+            "generator_optimizer": self.generator_optimizer.state_dict(),
+            "student_optimizer": self.student_optimizer.state_dict(),
+            "rng": self.rng.get_state(),
+            "hooks": [hook.state_dict() for hook in self.hooks],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken, with the same arguments to the constructor."""
+        if len(state["hooks"]) != len(self.hooks):
+            raise CheckpointError(
+                f"the checkpoint has {len(state['hooks'])} hooks, this run {len(self.hooks)}"
+            )
+        for name in ("generator", "student", "generator_optimizer", "student_optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.rng.set_state(state["rng"])
+        for hook, hook_state in zip(self.hooks, state["hooks"], strict=True):
+            hook.load_state_dict(hook_state)
+        self.step_count = state["step"]
+
+
+def total(terms: dict[str, Tensor]) -> Tensor:
+    """The sum of the terms."""
+    values: Iterable[Tensor] = terms.values()
+    first, *rest = values
+    for value in rest:
+        first = first + value
+    return first
+
+
+def remembered(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``network``, run once for the same tensor: method and hooks share its forward."""
+    last: list[Tensor] = []
+
+    def call(images: Tensor) -> Tensor:
+        if not last or last[0] is not images:
+            last[:] = [images, network(images)]
+        return last[1]
+
+    return call
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """``"auto"`` becomes ``"bf16"`` where the device has fast bf16 arithmetic, else ``"fp32"``."""
+    if precision not in ("auto", "fp32", "bf16"):
+        raise ConfigError(f"unknown precision {precision!r}; choose one of auto, fp32, bf16")
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"

@@ -1,0 +1,201 @@
+"""From finished cells to a table, a picture and report.json."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+Cell = dict[str, Any]
+ARMS = ("none", "loss", "interpolation", "both")
+ARM_NAMES = {"none": "baseline", "loss": "+loss", "interpolation": "+interpolation", "both": "+AGM"}
+PROBE = {"feature_movement": "feature movement", "batch_similarity": "batch similarity"}
+
+
+def mean_std(values: Sequence[float]) -> str:
+    """``mean ± std`` (sample standard deviation); the std of one value is n/a."""
+    if not values:
+        return "n/a"
+    spread = f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "n/a"
+    return f"{np.mean(values):.2f} ± {spread}"
+
+
+def paired_difference(base: dict[int, float], other: dict[int, float]) -> dict[str, Any]:
+    """Mean of other - base over the seeds that both have, with its 95 % t interval.
+
+    Returns:
+        n, mean, and low and high, which are None for n < 2 (as is the mean for n = 0).
+    """
+    differences = [other[seed] - base[seed] for seed in sorted(base.keys() & other.keys())]
+    n = len(differences)
+    mean = float(np.mean(differences)) if n else None
+    if n < 2:
+        return {"n": n, "mean": mean, "low": None, "high": None}
+    half = stats.t.ppf(0.975, n - 1) * np.std(differences, ddof=1) / math.sqrt(n)
+    return {"n": n, "mean": mean, "low": float(mean - half), "high": float(mean + half)}
+
+
+def difference_text(difference: dict[str, Any]) -> str:
+    """``+0.50 [+0.10, +0.90], n=3``."""
+    if difference["mean"] is None:
+        return "n/a"
+    interval = "n/a"
+    if difference["low"] is not None:
+        interval = f"[{difference['low']:+.2f}, {difference['high']:+.2f}]"
+    return f"{difference['mean']:+.2f} {interval}, n={difference['n']}"
+
+
+def groups(cells: Iterable[Cell]) -> dict[tuple[str, int, int], dict[str, list[Cell]]]:
+    """Cells by (method, weight_bits, act_bits), then by arm, in the order of the table."""
+    found: dict[tuple[str, int, int], dict[str, list[Cell]]] = {}
+    for cell in cells:
+        key = (cell["method"], cell["weight_bits"], cell["act_bits"])
+        found.setdefault(key, {}).setdefault(cell["hooks"], []).append(cell)
+    return {
+        key: {arm: sorted(arms[arm], key=lambda c: c["seed"]) for arm in ARMS if arm in arms}
+        for key, arms in found.items()
+    }
+
+
+def by_seed(cells: Sequence[Cell], key: str) -> dict[int, float]:
+    """A figure of the cells that finished, by seed."""
+    return {c["seed"]: c[key] for c in cells if c.get("error") is None and c[key] is not None}
+
+
+def last_probe(cell: Cell, key: str) -> float:
+    """Mean of a probe figure over the last quarter of the run's records."""
+    values = [row[key] for row in cell["history"] if key in row]
+    return float(np.mean(values[-max(1, len(values) // 4) :]))
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """One row an arm of a method at a bit width."""
+    head = [
+        "method", "bits", "arm", "FP %", "PTQ %", "last step %", "paired diff. [95 % interval]",
+        "seconds", "steps/s", "movement", "similarity",
+    ]  # fmt: skip
+    rows = [head]
+    failures = []
+    for (method, weight_bits, act_bits), arms in groups(cells).items():
+        base = by_seed(arms.get("none", []), "accuracy_last")
+        for arm, runs in arms.items():
+            done = [c for c in runs if c.get("error") is None]
+            failures += [f"FAILED {c['name']}: {c['error']}" for c in runs if c.get("error")]
+            last = by_seed(runs, "accuracy_last")
+            ptq = list(by_seed(runs, "accuracy_ptq").values())
+            fp = next(iter(by_seed(runs, "accuracy_fp").values()), None)
+            rows.append([
+                method,
+                f"W{weight_bits}A{act_bits}",
+                ARM_NAMES[arm],
+                "n/a" if fp is None else f"{fp:.2f}",
+                mean_std(ptq),
+                mean_std(list(last.values())),
+                "" if arm == "none" else difference_text(paired_difference(base, last)),
+                mean_std([c["seconds"] for c in done]),
+                mean_std([c["steps_per_s"] for c in done]),
+                *(mean_std([last_probe(c, key) for c in done]) for key in PROBE),
+            ])  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = [
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(lines + failures)
+
+
+def curves(cells: Sequence[Cell], key: str) -> tuple[list[int], np.ndarray]:
+    """Steps and values (seeds, records) of a figure of the history, where all seeds have it."""
+    series = [
+        {r["step"]: r[key] for r in c["history"] if r.get(key) is not None and r[key] == r[key]}
+        for c in cells
+        if c.get("error") is None
+    ]
+    steps = sorted(set.intersection(*(set(s) for s in series))) if series else []
+    return steps, np.array([[s[step] for step in steps] for s in series])
+
+
+def picture(
+    cells: Sequence[Cell], images: dict[str, np.ndarray], path: Path, *, title: str
+) -> None:
+    """Learning curves, diversity over the run, and synthetic images, a row a method and bit width.
+
+    Args:
+        images: of some cells by name, (n, h, w, c) in [0, 1], c = 1 or 3.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = groups(cells)
+    shown = ["none", next((a for a in ("both", "loss", "interpolation") if any(
+        a in arms for arms in panels.values())), "none")]  # fmt: skip
+    shown = list(dict.fromkeys(shown))
+    columns = 3 + len(shown)
+    figure, axes = plt.subplots(
+        len(panels), columns, figsize=(4.2 * columns, 3.6 * len(panels)), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    labels = {"accuracy": "accuracy on the evaluation images (%)"} | {
+        "feature_movement": "relative movement of the features\nsince the last record",
+        "batch_similarity": "cosine similarity of features\nbetween images of a batch",
+    }
+    for row, (key, arms) in zip(axes, panels.items(), strict=True):
+        for axis, (figure_key, label) in zip(row, labels.items(), strict=False):
+            for arm, runs in arms.items():
+                steps, values = curves(runs, figure_key)
+                if not steps:
+                    continue
+                (line,) = axis.plot(steps, values.mean(0), label=ARM_NAMES[arm], marker=".")
+                low, high = values.min(0), values.max(0)
+                axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
+            axis.set(xlabel="step", ylabel=label)
+            axis.grid(alpha=0.3)
+        row[0].set_title(f"{key[0]} W{key[1]}A{key[2]} (mean and range over seeds)", fontsize=10)
+        fp = [c["accuracy_fp"] for runs in arms.values() for c in runs if c.get("accuracy_fp")]
+        if fp:
+            row[0].axhline(fp[0], color="grey", ls="--", lw=1, label="full precision")
+        row[0].legend(fontsize=8)
+        for axis, arm in zip(row[3:], shown, strict=True):
+            axis.axis("off")
+            cell = next((c for c in arms.get(arm, []) if c["name"] in images), None)
+            if cell is not None:
+                batch = images[cell["name"]]
+                axis.imshow(mosaic(batch), cmap="gray", interpolation="nearest")
+                name = f"{ARM_NAMES[arm]}: generated images, seed {cell['seed']}"
+                axis.set_title(name, fontsize=10)
+    figure.suptitle(title, fontsize=11)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+    os.replace(temporary, path)
+
+
+def mosaic(images: np.ndarray, side: int = 6) -> np.ndarray:
+    """The first side^2 images as one, with a white line between them."""
+    pad = ((0, 0), (0, 1), (0, 1), (0, 0))
+    images = np.pad(images[: side * side], pad, constant_values=1.0)
+    rows = [np.concatenate(list(images[i : i + side]), 1) for i in range(0, len(images), side)]
+    return np.concatenate(rows, 0)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Atomically; NaN becomes null."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(_finite(content), indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,503 @@
+"""frozen_parameters, and AGM at its two hook points."""
+
+import copy
+import difflib
+import inspect
+import io
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agm import AGM, AgmError, LinearInterpolation, frozen_parameters
+from tests.agm import (
+    classifier,
+    discrepancy_loop,
+    eps,
+    image_generator,
+    margin,
+    same_bits,
+    values,
+)
+from tests.strategies import dtypes, half_dtypes, log_uniform, rng, seeds
+
+decays = st.floats(0, 0.99)
+
+
+def bits(*modules):
+    """All that a module is: parameters, flags, gradients, buffers, modes."""
+    state = []
+    for module in modules:
+        for p in module.parameters():
+            grad = None if p.grad is None else p.grad.numpy().tobytes()
+            state.append((p.detach().numpy().tobytes(), p.requires_grad, grad))
+        state += [b.numpy().tobytes() for b in module.buffers()]
+        state += [m.training for m in module.modules()]
+    return state
+
+
+def norm(tensor):
+    return float(np.linalg.norm(tensor.double().numpy()))
+
+
+def gradient(loss, images):
+    return torch.autograd.grad(loss, images, retain_graph=True)[0]
+
+
+def stream(seed, classes=3, batch=4):
+    """Steps of a float64 loop: (images, teacher's logits, student, other terms)."""
+    g = rng(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    while True:
+        x, a, b = normal(batch, 2, 3).requires_grad_(), normal(6, classes), normal(6, classes)
+        target = normal(batch, 2, 3)
+        yield {
+            "images": x,
+            "teacher_logits": x.flatten(1) @ a,
+            "student": lambda x, b=b: x.flatten(1) @ b,
+            "other_terms": (x - target).square().mean(),
+        }
+
+
+def steps(seed, n, **settings):
+    return list(itertools.islice(stream(seed, **settings), n))
+
+
+# frozen_parameters
+
+
+@given(st.lists(st.booleans(), min_size=6, max_size=6), st.booleans())
+def test_flags_come_back_even_after_an_exception(flags, fails):
+    net = classifier()
+    parameters = list(net.parameters())
+    for p, flag in zip(parameters, flags, strict=True):
+        p.requires_grad_(flag)
+    before = bits(net)
+    try:
+        with frozen_parameters(net) as inside:
+            assert inside is net
+            assert not any(p.requires_grad for p in parameters)
+            if fails:
+                raise KeyError("on purpose")
+    except KeyError:
+        assert fails
+    assert bits(net) == before
+    assert [p.requires_grad for p in parameters] == flags
+
+
+@given(seeds)
+def test_frozen_network_passes_the_input_gradient_only(seed):
+    net, x = classifier(), torch.randn(2, 3, 4, 4, generator=rng(seed))
+    (want,) = torch.autograd.grad(net(x.requires_grad_()).square().sum(), x)
+    with frozen_parameters(net):
+        loss = net(x).square().sum()
+    loss.backward()  # outside, when the flags are back
+    # One and the same graph but for the weights' branches; kernels may sum in another order.
+    assert torch.allclose(x.grad, want, rtol=64 * eps(x.dtype), atol=64 * eps(x.dtype))
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_frozen_parameters_nest():
+    net = classifier()
+    with frozen_parameters(net):
+        with frozen_parameters(net[0]):
+            pass
+        assert not any(p.requires_grad for p in net.parameters())
+    assert all(p.requires_grad for p in net.parameters())
+
+
+# The generator's term
+
+
+@given(seeds, st.integers(1, 5), decays, st.integers(1, 5), st.integers(1, 5))
+def test_margin_follows_d_as_written_out(seed, n, decay, batch, classes):
+    hook, mean, variance = AGM(decay=decay), None, None
+    for step in steps(seed, n, batch=batch, classes=classes):
+        del step["other_terms"]
+        got = hook.generator_loss(**step)
+        t, s = step["teacher_logits"], step["student"](step["images"])
+        d = discrepancy_loop("total_variation", t.detach(), s.detach())
+        now = (float(np.mean(d.numpy())), float(np.var(d.numpy())))
+        if mean is None:
+            mean, variance = now
+        else:
+            mean = decay * mean + (1 - decay) * now[0]
+            variance = decay * variance + (1 - decay) * now[1]
+        # float64 sums of numbers in [0, 1].
+        assert float(hook.running["mean"]) == pytest.approx(mean, rel=1e-13, abs=1e-15)
+        assert float(hook.running["variance"]) == pytest.approx(variance, rel=1e-12, abs=1e-15)
+        want = float(values(margin, d, mean, variance**0.5).mean())
+        # An error of 1e-15 in a variance near 0 is one of 3e-8 in std.
+        assert got.item() == pytest.approx(want, rel=1e-11, abs=1e-12 if variance > 1e-8 else 1e-7)
+        assert got.shape == ()
+    assert hook.calls == n
+
+
+@given(seeds, log_uniform(-2, 2), st.integers(1, 4), st.booleans())
+def test_gradient_is_ratio_times_the_others(seed, ratio, n, logits_given):
+    hook = AGM(ratio=ratio, decay=0, interval=1)
+    for step in steps(seed, n):
+        x, others = step["images"], step["other_terms"]
+        if logits_given:
+            ready = step["student"](x)
+            step["student"] = lambda _, ready=ready: ready
+        ours = hook.generator_loss(**step)
+        # Two norms, a quotient and a backward pass, in float64.
+        want = ratio * norm(gradient(others, x))
+        assert norm(gradient(ours, x)) == pytest.approx(want, rel=1e-12)
+
+
+@given(seeds, log_uniform(-2, 2), decays, st.integers(1, 4), st.integers(1, 9))
+def test_weight_follows_as_written_out(seed, ratio, decay, interval, n):
+    hook = AGM(ratio=ratio, decay=decay, interval=interval)
+    plain, weight = AGM(ratio=ratio, decay=decay, interval=interval), None
+    for i, step in enumerate(steps(seed, n)):
+        x, others = step["images"], step.pop("other_terms")
+        term = plain.generator_loss(**step)  # without other terms the weight is 1
+        if i % interval == 0:
+            now = ratio * norm(gradient(others, x)) / norm(gradient(term, x))
+            weight = now if weight is None else decay * weight + (1 - decay) * now
+        got = hook.generator_loss(**step, other_terms=others)
+        assert got.item() == pytest.approx(weight * term.item(), rel=1e-12)
+    assert "weight" not in plain.running
+
+
+@given(seeds)
+def test_the_margin_and_the_weight_are_constants_to_autograd(seed):
+    (step,) = steps(seed, 1)
+    x, hook = step["images"], AGM(decay=0, interval=1)
+    got = gradient(hook.generator_loss(**step), x)
+    # The same term with the numbers put in: weight * mean over samples of margin(d_i).
+    mean, std = float(hook.running["mean"]), float(hook.running["variance"]) ** 0.5
+    t, s = step["teacher_logits"], step["student"](x)
+    d = (t.softmax(1) - s.softmax(1)).abs().sum(1) / 2
+    slopes = [-math.erfc((v - mean) / std / math.sqrt(2)) / 2 for v in d.tolist()]
+    want = gradient((d * torch.tensor(slopes, dtype=d.dtype)).mean(), x)
+    want *= float(hook.running["weight"])
+    assert torch.allclose(got, want, rtol=1e-11, atol=1e-12 * norm(want))
+
+
+@given(seeds, st.integers(1, 3))
+def test_equal_networks_keep_the_weight_and_stay_finite(seed, n):
+    hook = AGM(interval=1)
+    for step in steps(seed, n):
+        step["student"] = lambda x, t=step["teacher_logits"]: t
+        got = hook.generator_loss(**step)
+        assert got.item() == 0
+        assert (gradient(got, step["images"]) == 0).all()
+    assert hook.running["weight"].item() == 1
+
+
+@given(seeds, half_dtypes)
+def test_half_precision_is_computed_in_float32(seed, dtype):
+    t, s = torch.randn(2, 4, 3, generator=rng(seed)).to(dtype)
+    half, wide = AGM(), AGM()
+    got = half.generator_loss(images=t, teacher_logits=t, student=lambda _: s)
+    want = wide.generator_loss(images=t, teacher_logits=t.float(), student=lambda _: s.float())
+    assert same_bits(got, want.to(dtype))
+    assert all(same_bits(half.running[k], v) for k, v in wide.running.items())
+    assert {v.dtype for v in half.running.values()} == {torch.float32}
+
+
+@given(seeds, st.booleans(), st.booleans())
+def test_only_the_generator_feels_its_step(seed, with_others, with_grads):
+    teacher, student, generator = classifier(), classifier(1 + seed % 97), image_generator()
+    student[0].bias.requires_grad_(False)
+    student[2].train()  # a mixture of modes, though none with a state of its own
+    if with_grads:
+        for p in itertools.chain(teacher.parameters(), student.parameters()):
+            p.grad = torch.ones_like(p)
+    before, hook = bits(teacher, student), AGM(interval=2)
+    for _ in range(2):
+        images = generator(torch.randn(3, 5, generator=rng(seed)))
+        with frozen_parameters(teacher):
+            logits = teacher(images)
+        more = {"other_terms": images.square().mean()} if with_others else {}
+        loss = hook.generator_loss(images=images, teacher_logits=logits, student=student, **more)
+        generator.zero_grad()
+        loss.backward()
+        assert bits(teacher, student) == before
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in generator.parameters())
+        assert any((p.grad != 0).any() for p in generator.parameters())
+    assert bits(teacher, student) == before
+
+
+def test_descent_drives_the_networks_apart():
+    teacher, student, generator = classifier(0), classifier(3), image_generator()
+    z, hook = torch.randn(16, 5, generator=rng(0)), AGM(decay=0.99)
+
+    def apart():
+        images = generator(z)
+        return images, discrepancy_loop("total_variation", teacher(images), student(images)).mean()
+
+    optimizer, (_, before) = torch.optim.Adam(generator.parameters(), 1e-2), apart()
+    for _ in range(20):
+        images = generator(z)
+        optimizer.zero_grad()
+        hook.generator_loss(
+            images=images, teacher_logits=teacher(images), student=student
+        ).backward()
+        optimizer.step()
+    assert apart()[1] > 1.5 * before
+
+
+@given(seeds)
+def test_other_terms_are_read_only(seed):
+    (step,) = steps(seed, 1)
+    others, x = step["other_terms"], step["images"]
+    value, want = others.item(), gradient(others, x)
+    AGM().generator_loss(**step)
+    assert others.item() == value
+    assert same_bits(gradient(others, x), want)  # its graph is still there
+    assert x.grad is None
+
+
+# The student's batch
+
+
+@given(seeds, dtypes, st.integers(1, 6), st.booleans())
+def test_batch_is_the_interpolation_of_its_seed(seed, dtype, n, soft):
+    x = torch.randn(n, 3, 2, generator=rng(seed)).to(dtype)
+    hook, mix = AGM(seed=seed), LinearInterpolation(seed=seed)
+    assert same_bits(hook.student_batch(images=x), mix(x))
+    if soft:
+        labels, more = torch.rand(n, 3, generator=rng(seed)).softmax(1), {}
+    else:
+        labels, more = torch.randint(3, (n,), generator=rng(seed)), {"num_classes": 3}
+        (step,) = steps(seed, 1)  # three classes
+        hook.generator_loss(**step)
+    for a, b in zip(
+        hook.student_batch(images=x, labels=labels), mix(x, labels, **more), strict=True
+    ):
+        assert same_bits(a, b)
+
+
+@given(seeds)
+def test_switched_off_parts_do_nothing(seed):
+    (step,) = steps(seed, 1)
+    hook = AGM(loss=False, interpolation=False)
+    before = hook.state_dict()
+    calls = []
+    term = hook.generator_loss(**{**step, "student": calls.append})
+    assert same_bits(term, torch.zeros((), dtype=torch.float64))
+    assert calls == []
+    assert hook.running == {}
+    x, y = step["images"], torch.zeros(4)
+    assert hook.student_batch(images=x) is x
+    images, labels = hook.student_batch(images=x, labels=y)
+    assert images is x
+    assert labels is y
+    assert torch.equal(hook.state_dict()["interpolation"]["rng"], before["interpolation"]["rng"])
+
+
+def test_class_count_is_known_without_the_loss():
+    (step,) = steps(0, 1)
+    hook = AGM(loss=False)
+    hook.generator_loss(**step)
+    _, soft = hook.student_batch(images=torch.zeros(2, 5), labels=torch.tensor([0, 1]))
+    assert soft.shape == (2, 3)
+
+
+# State
+
+
+def use(hook, step):
+    x = step["images"].detach()
+    labels = torch.arange(len(x)) % step["teacher_logits"].shape[1]
+    return [hook.generator_loss(**step).detach(), *hook.student_batch(images=x, labels=labels)]
+
+
+@given(seeds, decays, st.integers(1, 4), st.integers(0, 5), st.booleans())
+def test_state_dict_goes_on_exactly(seed, decay, interval, first, through_a_file):
+    settings = {"decay": decay, "interval": interval}
+    before, after = (lambda s: (s[:first], s[first:]))(steps(seed, first + 3))
+    hook, other = AGM(**settings, seed=seed), AGM(**settings, seed=seed + 1)
+    for step in before:
+        use(hook, step)
+    state = hook.state_dict()
+    if through_a_file:
+        torch.save(state, file := io.BytesIO())
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+    want = [use(hook, step) for step in after]  # must not reach into the state taken before
+    other.load_state_dict(state)
+    for step, tensors in zip(after, want, strict=True):
+        assert all(same_bits(a, b) for a, b in zip(use(other, step), tensors, strict=True))
+    # Nor may the one that was loaded have written to it.
+    again = AGM(**settings)
+    again.load_state_dict(state)
+    assert all(same_bits(a, b) for a, b in zip(use(again, after[0]), want[0], strict=True))
+
+
+@given(seeds, st.booleans())
+def test_global_rng_is_untouched(seed, loss):
+    before = torch.get_rng_state()
+    hook = AGM(loss=loss, interval=1, seed=seed)
+    for step in steps(seed, 2):
+        use(hook, step)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# Errors
+
+
+def with_step(**changes):
+    (step,) = steps(0, 1)
+    settings = changes.pop("settings", {})
+    return AGM(**settings).generator_loss(**{**step, **changes})
+
+
+UNRELATED = torch.ones((), requires_grad=True) * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "received"),
+    [
+        ({"other_terms": UNRELATED}, "other_terms.*depends on images"),
+        ({"other_terms": torch.tensor(1.0)}, "other_terms.*depends on images"),
+        ({"other_terms": torch.ones(2, requires_grad=True) * 2}, "scalar"),
+        ({"student": lambda x: x.flatten(1)}, r"teacher \(4, 3\), student \(4, 6\)"),
+        ({"student": lambda x: x.flatten(1)[:2, :3]}, r"teacher \(4, 3\), student \(2, 3\)"),
+        ({"student": lambda x: torch.zeros(4, 3).long()}, "int64"),
+        ({"settings": {"discrepancy": lambda t, s: (t - s).abs()}}, r"\(4, 3\)"),
+        ({"settings": {"discrepancy": lambda t, s: (t - s).abs().mean()}}, r"\(\)"),
+    ],
+)
+def test_bad_call_is_a_named_error(changes, received):
+    with pytest.raises(AgmError, match=received) as caught:
+        with_step(**changes)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_detached_images_are_a_named_error():
+    x = torch.randn(4, 6, requires_grad=True)
+    y = (2 * x).detach()
+    with pytest.raises(AgmError, match="detached"):
+        AGM().generator_loss(
+            images=y, teacher_logits=x[:, :3], student=lambda _: x[:, 3:], other_terms=x.mean()
+        )
+
+
+def test_integer_labels_before_any_logits_are_a_named_error():
+    with pytest.raises(AgmError, match="number of classes"):
+        AGM().student_batch(images=torch.zeros(2, 3), labels=torch.zeros(2).long())
+
+
+@pytest.mark.parametrize(
+    ("setting", "received"),
+    [
+        ({"ratio": 0}, "ratio.*got 0"),
+        ({"ratio": -1.5}, "ratio.*got -1.5"),
+        ({"ratio": float("nan")}, "ratio.*got nan"),
+        ({"ratio": float("inf")}, "ratio.*got inf"),
+        ({"decay": 1}, "decay.*got 1"),
+        ({"decay": -0.1}, "decay.*got -0.1"),
+        ({"decay": float("nan")}, "decay.*got nan"),
+        ({"interval": 0}, "interval.*got 0"),
+        ({"discrepancy": "l2"}, "'l2'.*total_variation"),
+    ],
+)
+def test_bad_setting_is_a_named_error(setting, received):
+    with pytest.raises(AgmError, match=received) as caught:
+        AGM(**setting)
+    assert isinstance(caught.value, ValueError)
+
+
+# In a loop of one's own
+
+
+def plain_loop(teacher, student, g, n=3):
+    sgd = torch.optim.SGD(student.parameters(), 0.01)
+    adam = torch.optim.Adam(g.parameters(), 0.001)
+    for _ in range(n):
+        y = torch.randint(3, (8,))
+        x = g(torch.randn(8, 5))
+        out = teacher(x)
+        loss = F.cross_entropy(out, y) + 0.1 * x.mean((0, 2, 3)).square().sum()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        x = x.detach()
+        with torch.no_grad():
+            target = teacher(x)
+        loss = F.kl_div(student(x).log_softmax(1), target.softmax(1), reduction="batchmean")
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+    return loss
+
+
+def agm_loop(teacher, student, g, n=3, **settings):
+    sgd = torch.optim.SGD(student.parameters(), 0.01)
+    adam = torch.optim.Adam(g.parameters(), 0.001)
+    agm = AGM(**settings)
+    for _ in range(n):
+        y = torch.randint(3, (8,))
+        x = g(torch.randn(8, 5))
+        out = teacher(x)
+        loss = F.cross_entropy(out, y) + 0.1 * x.mean((0, 2, 3)).square().sum()
+        more = {"images": x, "teacher_logits": out, "student": student, "other_terms": loss}
+        loss = loss + agm.generator_loss(**more)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        x = x.detach()
+        x = agm.student_batch(images=x)
+        with torch.no_grad():
+            target = teacher(x)
+        loss = F.kl_div(student(x).log_softmax(1), target.softmax(1), reduction="batchmean")
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+    return loss
+
+
+def run(loop, **settings):
+    """(bits before, bits after, loss) of a student that is the teacher plus noise."""
+    teacher, generator = classifier(), image_generator()
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for p in student.parameters():
+            p += 0.1 * torch.randn_like(p)
+    before = bits(student), bits(generator)
+    loss = loop(teacher.requires_grad_(False), student, generator, **settings)
+    for p in itertools.chain(student.parameters(), generator.parameters()):
+        assert p.isfinite().all()
+    return before, (bits(student), bits(generator)), loss
+
+
+def test_five_added_lines():
+    sources = (inspect.getsource(f).splitlines()[1:] for f in (plain_loop, agm_loop))
+    changes = [line for line in difflib.ndiff(*sources) if line[0] in "+-"]
+    assert all(line[0] == "+" for line in changes)
+    assert len(changes) + 1 <= 5  # and the import
+    (before, plain, loss), (twin, joined, joint_loss) = run(plain_loop), run(agm_loop)
+    assert before == twin
+    assert loss.isfinite()
+    assert joint_loss.isfinite()
+    for a, b, c in zip(before, plain, joined, strict=True):  # the student, the generator
+        assert a != b
+        assert a != c
+        assert b != c
+
+
+def test_switched_off_it_is_bit_identical_to_nothing():
+    _, plain, loss = run(plain_loop)
+    _, off, same = run(agm_loop, loss=False, interpolation=False)
+    assert plain == off
+    assert same_bits(loss, same)
+
+
+@pytest.mark.parametrize("part", ["loss", "interpolation"])
+def test_either_part_alone_changes_the_run(part):
+    _, plain, _ = run(plain_loop)
+    _, joined, _ = run(agm_loop, **{part: False})
+    assert plain[0] != joined[0]

@@ -1,0 +1,279 @@
+"""DiversityProbe: what it measures, and that it leaves nothing behind."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from agm import AgmError, DiversityProbe
+from tests.agm import classifier, image_generator, same_bits
+from tests.strategies import rng, seeds
+
+FIRST = ("image_movement", "feature_movement", "snapshot_similarity")  # NaN in the first call
+KEYS = {*FIRST, "batch_similarity", "gradient_norm"}
+
+
+class Noisy(nn.Module):
+    """A generator with everything that a forward pass can disturb."""
+
+    def __init__(self, fails=False):
+        super().__init__()
+        self.net, self.fails = image_generator(), fails
+        self.spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(5, 5))
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, z):
+        x = self.net(self.drop(self.spectral(z)) + torch.randn_like(z))
+        if self.fails:
+            raise KeyError("on purpose")
+        return x
+
+
+def latents(seed=0, n=6):
+    return torch.randn(n, 5, generator=rng(seed))
+
+
+def everything(*modules):
+    """Parameters, buffers, gradients, flags, modes and hooks of every submodule, and the RNG."""
+    state = [torch.get_rng_state().numpy().tobytes()]
+    for module in modules:
+        for name, t in (*module.named_parameters(), *module.named_buffers()):
+            grad = None if t.grad is None else t.grad.numpy().tobytes()
+            state.append((name, t.detach().numpy().tobytes(), t.requires_grad, grad))
+        for m in module.modules():
+            hooks = (m._forward_pre_hooks, m._forward_hooks, m._backward_hooks)
+            state.append((m.training, [len(h) for h in hooks]))
+    return state
+
+
+def by_hand(now, before):
+    """Mean over samples of the relative distance, and of the cosines of different samples."""
+    now, before = (np.asarray(x, dtype=np.float64).reshape(len(x), -1) for x in (now, before))
+    movement, cosines = [], []
+    for i in range(len(now)):
+        movement.append(np.sqrt(((now[i] - before[i]) ** 2).sum() / (before[i] ** 2).sum()))
+        for j in range(len(now)):
+            if i != j:
+                lengths = np.linalg.norm(now[i]) * np.linalg.norm(before[j])
+                cosines.append((now[i] * before[j]).sum() / lengths)
+    return np.mean(movement), np.mean(cosines)
+
+
+def snapshots(seed, n):
+    """Two sets of images, and a probe that is about to see the one and then the other."""
+    a, b = torch.randn(2, n, 3, 4, 4, generator=rng(seed))
+    return a, b, iter((a, b))
+
+
+# Measurements
+
+
+@given(seeds, st.integers(2, 6))
+def test_rows_are_the_formulas_by_hand(seed, n):
+    a, b, images = snapshots(seed, n)
+    teacher = classifier(seed % 89)
+    probe = DiversityProbe(lambda z: next(images), latents(n=n), teacher)
+    first, second = probe(), probe()
+    assert set(first) == set(second) == KEYS
+    assert all(type(v) is float for v in second.values())
+    with torch.no_grad():
+        p, q = (teacher[:-1](x).numpy() for x in (a, b))  # what the linear layer receives
+    # float32: sums of at most 48 products, and cosines in [-1, 1].
+    close = {"rel": 1e-4, "abs": 1e-5}
+    assert first["batch_similarity"] == pytest.approx(by_hand(p, p)[1], **close)
+    assert all(math.isnan(first[k]) for k in FIRST)
+    assert second["image_movement"] == pytest.approx(by_hand(b, a)[0], **close)
+    assert second["feature_movement"] == pytest.approx(by_hand(q, p)[0], **close)
+    assert second["batch_similarity"] == pytest.approx(by_hand(q, q)[1], **close)
+    assert second["snapshot_similarity"] == pytest.approx(by_hand(q, p)[1], **close)
+    assert math.isnan(second["gradient_norm"])  # a lambda has no parameters
+
+
+@given(seeds, st.integers(2, 6))
+def test_a_teacher_without_linear_layers_gives_its_output(seed, n):
+    a, b, images = snapshots(seed, n)
+    teacher = nn.Conv2d(3, 2, 2)
+    probe = DiversityProbe(lambda z: next(images), latents(n=n), teacher)
+    first, second = probe(), probe()
+    with torch.no_grad():
+        p, q = teacher(a).numpy(), teacher(b).numpy()
+    assert first["batch_similarity"] == pytest.approx(by_hand(p, p)[1], rel=1e-4, abs=1e-5)
+    assert second["feature_movement"] == pytest.approx(by_hand(q, p)[0], rel=1e-4)
+
+
+@given(seeds, st.integers(2, 6))
+def test_a_frozen_generator_does_not_move(seed, n):
+    probe = DiversityProbe(image_generator(), latents(seed, n), classifier())
+    first, second = probe(), probe()
+    assert second["image_movement"] == second["feature_movement"] == 0
+    assert second["snapshot_similarity"] == first["batch_similarity"]
+
+
+@given(seeds, st.integers(2, 6))
+def test_a_generator_deaf_to_its_latents_is_homogeneous(seed, n):
+    image = torch.randn(3, 4, 4, generator=rng(seed))
+    probe = DiversityProbe(lambda z: image.expand(len(z), -1, -1, -1), latents(n=n), classifier())
+    assert probe()["batch_similarity"] == pytest.approx(1, abs=1e-5)
+
+
+@given(seeds, st.floats(0.125, 4))
+def test_movement_is_relative(seed, factor):
+    x = torch.randn(4, 3, 4, 4, generator=rng(seed))
+    images = iter((x, (1 + factor) * x))
+    probe = DiversityProbe(lambda z: next(images), latents(n=4), classifier())
+    probe()
+    assert probe()["image_movement"] == pytest.approx(factor, rel=1e-5)
+
+
+@given(seeds, st.lists(st.booleans(), min_size=4, max_size=4))
+def test_gradient_norm_is_the_loop(seed, present):
+    generator = image_generator()
+    g, square = rng(seed), 0.0
+    for p, has in zip(generator.parameters(), present, strict=True):
+        if has:
+            p.grad = torch.randn(p.shape, generator=g)
+            square += sum(v * v for v in p.grad.flatten().tolist())
+    got = DiversityProbe(generator, latents(), classifier())()["gradient_norm"]
+    if any(present):
+        assert got == pytest.approx(math.sqrt(square), rel=1e-5)  # a float32 sum of 294 squares
+    else:
+        assert math.isnan(got)
+
+
+def test_several_latents_and_a_generator_that_is_no_module():
+    z, labels = latents(), torch.arange(6)
+    seen = []
+
+    def generator(*arguments):
+        seen.append(arguments)
+        return torch.ones(6, 3, 4, 4) * labels.view(-1, 1, 1, 1)
+
+    row = DiversityProbe(generator, (z, labels), classifier())()
+    assert seen[0][0] is z
+    assert seen[0][1] is labels
+    assert set(row) == KEYS
+
+
+def test_images_changed_in_place_have_moved():
+    bank = torch.ones(4, 3, 4, 4)
+    probe = DiversityProbe(lambda z: bank, latents(n=4), nn.Flatten())
+    probe()
+    bank *= 3
+    row = probe()
+    assert row["image_movement"] == pytest.approx(2)
+    assert row["feature_movement"] == pytest.approx(2)
+
+
+# Leaving nothing behind
+
+
+@given(seeds, st.booleans(), st.lists(st.booleans(), min_size=12, max_size=12), st.integers(1, 3))
+def test_leaves_nothing_behind(seed, fails, modes, calls):
+    generator, teacher = Noisy(fails), classifier()
+    for m, mode in zip(generator.modules(), modes, strict=False):
+        m.training = mode
+    teacher.train(modes[-1])
+    torch.manual_seed(seed)
+    next(generator.parameters()).grad = torch.ones(48, 5)
+    z = latents(seed)
+    before, held = everything(generator, teacher), z.clone()
+    probe = DiversityProbe(generator, z, teacher)
+    for _ in range(calls):
+        if fails:
+            with pytest.raises(KeyError):
+                probe()
+        else:
+            probe()
+        assert everything(generator, teacher) == before
+    assert same_bits(z, held)
+
+
+def test_a_buffer_that_is_replaced_comes_back():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, z):
+            self.count = self.count + 1
+            return z.new_ones(len(z), 3, 4, 4)
+
+    generator = Counting()
+    DiversityProbe(generator, latents(), classifier())()
+    assert generator.count.item() == 0
+
+
+def test_a_teacher_that_fails_leaves_nothing_behind():
+    generator, teacher = image_generator(), nn.Sequential(classifier().train(), nn.Linear(7, 2))
+    before = everything(generator, teacher)
+    with pytest.raises(RuntimeError):
+        DiversityProbe(generator, latents(), teacher)()
+    assert everything(generator, teacher) == before
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_may_be_called_between_forward_and_backward(training):
+    z, gradients = latents(), []
+    for probed in (False, True):
+        generator, teacher = image_generator().train(training), classifier()
+        probe = DiversityProbe(generator, z, teacher)
+        loss = teacher(generator(z)).square().sum()
+        if probed:
+            probe()
+        loss.backward()
+        gradients.append([p.grad for p in generator.parameters()])
+    assert all(same_bits(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_keeps_no_graph():
+    generator = image_generator()
+    probe = DiversityProbe(generator, latents(), classifier())
+    probe()
+    assert not any(t.requires_grad for t in probe.state_dict().values())
+    assert all(p.requires_grad for p in generator.parameters())
+    assert torch.is_grad_enabled()
+
+
+# State and errors
+
+
+@given(seeds, st.booleans())
+def test_state_dict_goes_on_exactly(seed, through_a_file):
+    z, teacher = latents(seed), classifier()
+    probe = DiversityProbe(image_generator(1), z, teacher)
+    probe()
+    state = probe.state_dict()
+    if through_a_file:
+        torch.save(state, file := io.BytesIO())
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+    moved = image_generator(2)
+    other = DiversityProbe(moved, z, teacher)
+    other.load_state_dict(state)
+    probe.generator = moved
+    want, got = probe(), other()
+    for row in (got, want):
+        assert math.isnan(row.pop("gradient_norm"))  # no gradients yet
+    assert got == want
+    assert got["image_movement"] > 0
+
+
+def test_state_dict_before_the_first_call():
+    probe = DiversityProbe(image_generator(), latents(), classifier())
+    probe.load_state_dict(DiversityProbe(image_generator(), latents(), classifier()).state_dict())
+    assert math.isnan(probe()["image_movement"])
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_too_few_latents_are_a_named_error(n):
+    generator, teacher = image_generator().eval(), classifier()
+    before = everything(generator, teacher)
+    with pytest.raises(AgmError, match=f"at least 2.*{n}") as caught:
+        DiversityProbe(generator, latents(n=n), teacher)()
+    assert isinstance(caught.value, ValueError)
+    assert everything(generator, teacher) == before
