@@ -32,6 +32,7 @@ RELU_METHODS = ("relu", "relu_")
 TRANSPARENT = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Flatten, nn.Identity, nn.Dropout)
 TRANSPARENT_FUNCTIONS = (torch.flatten, F.max_pool2d, F.dropout, F.pad, operator.getitem)
 TRANSPARENT_METHODS = ("flatten", "view", "reshape", "contiguous", "squeeze")
+SUMS = (operator.add, operator.iadd, torch.add)
 AVERAGES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool1d)
 # Activation functions without a quantizer here: leaving them in floating point would go unseen.
 FOREIGN_ACTIVATIONS = (
@@ -144,7 +145,7 @@ def _refuse_unsupported(student: fx.GraphModule) -> None:
                 "Linear modules can be quantized"
             )
         foreign = node.op in ("call_function", "call_method") and kind in FOREIGN_FUNCTIONS
-        if isinstance(module, FOREIGN_ACTIVATIONS) or foreign:
+        if foreign or (isinstance(module, FOREIGN_ACTIVATIONS) and not isinstance(module, RELUS)):
             raise UnsupportedLayerError(
                 f"{name!r} ({kind}) cannot be quantized: activations must be ReLU or ReLU6, and "
                 "weights must belong to Conv or Linear modules; replace it and fine-tune first"
@@ -220,7 +221,7 @@ def _quantize_activations(
 ) -> None:
     relus = [node for node in student.graph.nodes if _is_relu(student, node)]
     last = [n for n in student.graph.nodes if isinstance(_module(student, n), WEIGHTED)][-1]
-    before_last = _source(student, last, through_averages=True)
+    before_last = _source(student, last.args[0], through_averages=True)
     for node in relus:
         edge = config.edge_bits is not None and node is before_last
         bits = config.edge_bits if edge else config.act_bits
@@ -238,19 +239,17 @@ def _quantize_activations(
         policy.add(node.name, "activation", str(bits), how)
 
 
-def _source(student: fx.GraphModule, node: fx.Node, *, through_averages: bool = False) -> fx.Node:
-    """The node whose values reach ``node``'s first input unchanged."""
+def _source(student: fx.GraphModule, value: Any, *, through_averages: bool = False) -> Any:
+    """The node whose values are those of ``value``, however rearranged."""
     passing = TRANSPARENT + (AVERAGES if through_averages else ())
-    current = node.args[0]
-    while isinstance(current, fx.Node) and (
-        isinstance(_module(student, current), passing)
-        or (current.op == "call_function" and current.target in TRANSPARENT_FUNCTIONS)
-        or (current.op == "call_method" and current.target in TRANSPARENT_METHODS)
-        or (through_averages and _is_average(student, current))
+    while isinstance(value, fx.Node) and (
+        isinstance(_module(student, value), passing)
+        or (value.op == "call_function" and value.target in TRANSPARENT_FUNCTIONS)
+        or (value.op == "call_method" and value.target in TRANSPARENT_METHODS)
+        or (through_averages and _is_average(student, value))
     ):
-        current = current.args[0]
-    assert isinstance(current, fx.Node)
-    return current
+        value = value.args[0]
+    return value
 
 
 def _is_average(student: fx.GraphModule, node: fx.Node) -> bool:
@@ -262,35 +261,35 @@ def _is_average(student: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _list_floating_point(student: fx.GraphModule, policy: BitPolicy) -> None:
-    """The inputs of weighted layers, and of sums, that no quantizer has seen."""
-    sums = (operator.add, operator.iadd, torch.add)
+    """What enters a weighted layer or a sum and that no quantizer has seen."""
     listed: set[fx.Node] = set()
     for node in student.graph.nodes:
-        is_sum = node.op == "call_function" and node.target in sums
-        if not (is_sum or isinstance(_module(student, node), WEIGHTED)):
-            continue
-        source = _source(student, node)
-        for source in (
-            [_source(student, node)]
-            if not is_sum
-            else [a for a in node.args if isinstance(a, fx.Node)]
-        ):
-            module = _module(student, source)
-            if source in listed or isinstance(module, ActivationQuantizer):
+        is_sum = node.op == "call_function" and node.target in SUMS
+        weighted = isinstance(_module(student, node), WEIGHTED)
+        inputs = node.args if is_sum else node.args[:1] if weighted else ()
+        for source in (_source(student, value) for value in inputs):
+            if not isinstance(source, fx.Node) or source in listed:
                 continue
-            listed.add(source)
-            if source.op == "placeholder":
-                why = "the input image"
-            elif source.op == "call_function" and source.target in sums:
-                why = "sum after a residual add"
-            elif isinstance(module, (*WEIGHTED, *BATCH_NORMS)):
-                why = "output without a ReLU (linear bottleneck or residual branch)"
-            elif _is_average(student, source):
-                why = "average of quantized values"
-            else:
-                why = "no ReLU between it and the next layer"
-            policy.add(source.name, "activation", "float", why)
+            why = _why_floating_point(student, source)
+            if why is not None:
+                listed.add(source)
+                policy.add(source.name, "activation", "float", why)
     policy.add("biases, BatchNorm, logits", "other", "float", "not quantized")
+
+
+def _why_floating_point(student: fx.GraphModule, node: fx.Node) -> str | None:
+    module = _module(student, node)
+    if isinstance(module, ActivationQuantizer):
+        return None
+    if node.op == "placeholder":
+        return "the input image"
+    if node.op == "call_function" and node.target in SUMS:
+        return "sum after a residual add"
+    if isinstance(module, (*WEIGHTED, *BATCH_NORMS)):
+        return "output without a ReLU (linear bottleneck or residual branch)"
+    if _is_average(student, node):
+        return "average"
+    return "no ReLU between it and the next layer"
 
 
 def check_logits_shape(logits: Tensor) -> int:

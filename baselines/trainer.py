@@ -179,8 +179,8 @@ class Trainer:
             bad = {n: v for n, v in zip(terms, values.tolist(), strict=True)}
             raise NonFiniteLossError(
                 f"step {self.step_count}, seed {self.seed}: loss of {network} is not finite: "
-                f"{bad}; the weights are those before this step. Lower the learning rate, or check that "
-                "the teacher gives finite logits"
+                f"{bad}; the weights are those before this step. Lower the learning rate, or "
+                "check that the teacher gives finite logits"
             )
         optimizer.zero_grad(set_to_none=True)
         total(terms).backward()

@@ -54,8 +54,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="digits (default), resnet20, torchvision:NAME or package.module:factory")
     add("--weights", type=Path, help="trained weights: a state_dict, bare or in a checkpoint")
     add("--data", type=Path, help="ImageFolder to evaluate on; without it accuracies are n/a")
-    add("--image-size", type=int, help="pixels a side (default: digits 8, torchvision 224, else 32)")
-    add("--num-classes", type=int, help="default: the folders of --data, else 10 (torchvision 1000)")
+    add("--image-size", type=int, help="pixels a side (default: digits 8, torchvision 224, or 32)")
+    add("--num-classes", type=int, help="default: the folders of --data, or 10 (torchvision 1000)")
     add("--mean", type=float, nargs="+", help="of the model's input (default: ImageNet's)")
     add("--std", type=float, nargs="+", help="likewise")
     add = parser.add_argument_group("how").add_argument
