@@ -35,7 +35,7 @@ def save(path: str | Path, state: dict[str, Any], *, keep_previous: bool = False
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getbuffer()
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(MAGIC)
@@ -89,7 +89,8 @@ def load_newest(path: str | Path) -> dict[str, Any] | None:
     A damaged newest file is named in a warning; a temporary file of a killed run is removed.
     """
     path = Path(path)
-    path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+    for stale in path.parent.glob(f"{path.name}.*.tmp"):
+        stale.unlink(missing_ok=True)
     candidates = [p for p in (path, previous(path)) if p.exists()]
     for i, candidate in enumerate(candidates):
         try:

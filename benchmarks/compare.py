@@ -34,13 +34,10 @@ from agm import AGM, AgmError
 from baselines import METHODS, RECIPES, BaselineError, Interrupted, Result, quantize
 from baselines.errors import ConfigError
 from benchmarks import datasets, report, teachers
+from benchmarks.errors import UsageError
 
 # The digits' images have 16 times fewer pixels than CIFAR's and need fewer steps.
 DIGITS_STEPS = 600
-
-
-class UsageError(AgmError, ValueError):
-    """The command line does not make sense."""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
-from agm.errors import AgmError
+from benchmarks.errors import DataError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -21,10 +21,6 @@ DIGITS_SPLIT_SEED = 0
 
 # Those whose extensions torchvision's ImageFolder knows.
 _FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-
-
-class DataError(AgmError, ValueError):
-    """Images that are missing, unreadable or of the wrong classes."""
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:

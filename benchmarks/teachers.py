@@ -6,12 +6,9 @@ import hashlib
 import importlib
 import inspect
 import os
-import pickle
-import re
 import sys
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agm.errors import AgmError
+from baselines import checkpoint
+from baselines.checkpoint import load_matching
+from baselines.errors import CheckpointError
 from benchmarks import datasets
+from benchmarks.errors import TeacherError
+from benchmarks.networks import ResNet, resnet20
+from benchmarks.weights import load_weights
 
 DIGITS_RECIPE: dict[str, Any] = {
     "version": 1,  # to be raised when the code of the training changes, not just these constants
@@ -36,76 +38,6 @@ DIGITS_RECIPE: dict[str, Any] = {
 DEFAULT_CACHE = Path(".agm-cache")
 
 _CHOICES = "'digits', 'resnet20', 'torchvision:NAME' or 'package.module:factory'"
-_RESAVE = (
-    "re-save it where it was made, with torch.save(model.state_dict(), path) "
-    "or safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
-)
-
-
-class TeacherError(AgmError, ValueError):
-    """A model or its weights that cannot be built, loaded or evaluated."""
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut without parameters (He et al., 2015, option A)."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
-        self.stride = stride
-        self.pad = (out_channels - in_channels) // 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in, H, W) -> (N, out, H / stride, W / stride)."""
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        if self.stride > 1:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
-        return F.relu(x + y)
-
-
-class ResNet(nn.Module):
-    """A CIFAR ResNet of 3 stages, 6 * blocks + 2 layers; torch.fx can trace it.
-
-    Args:
-        in_channels: of the images.
-        widths: channels of the 3 stages, growing by even steps.
-        blocks: per stage.
-        num_classes: C.
-    """
-
-    def __init__(
-        self, *, in_channels: int, widths: Sequence[int], blocks: int, num_classes: int
-    ) -> None:
-        super().__init__()
-
-        def stage(before: int, width: int, stride: int) -> nn.Sequential:
-            rest = [BasicBlock(width, width, 1) for _ in range(blocks - 1)]
-            return nn.Sequential(BasicBlock(before, width, stride), *rest)
-
-        self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(widths[0])
-        self.layer1 = stage(widths[0], widths[0], 1)
-        self.layer2 = stage(widths[0], widths[1], 2)
-        self.layer3 = stage(widths[1], widths[2], 2)
-        self.linear = nn.Linear(widths[2], num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W), H and W divisible by 4, -> logits (N, C)."""
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean((2, 3)))
-
-
-def resnet20(num_classes: int = 10) -> ResNet:
-    """ResNet-20 for (N, 3, 32, 32) images (He et al., 2015), with random weights.
-
-    Its keys are those of Y. Idelbayev's checkpoints (github.com/akamaster/pytorch_resnet_cifar10).
-    """
-    return ResNet(in_channels=3, widths=(16, 32, 64), blocks=3, num_classes=num_classes)
 
 
 def digits_cnn() -> ResNet:
@@ -158,28 +90,22 @@ def digits_teacher(cache_dir: str | os.PathLike[str] = DEFAULT_CACHE, *, seed: i
         TeacherError: ``cache_dir`` cannot be written.
     """
     key = hashlib.sha256(repr((sorted(DIGITS_RECIPE.items()), seed)).encode()).hexdigest()[:16]
-    path = Path(cache_dir, f"digits-{key}.pt")
+    path = Path(cache_dir, f"digits-{key}.ckpt")
     if path.exists():
         try:
-            cached = torch.load(path, map_location="cpu", weights_only=True)
             with torch.random.fork_rng(devices=[]):
                 model = digits_cnn()
-            model.load_state_dict(cached["state_dict"])
-            if teacher_hash(model) != cached["hash"]:
-                raise ValueError("checksum mismatch")
+            load_matching(model, checkpoint.load(path), os.fspath(path))
             return model.eval()
-        except Exception as error:  # whatever a damaged file may cause
-            warnings.warn(
-                f"the cached digits teacher {os.fspath(path)!r} is damaged "
-                f"({type(error).__name__}); training it again",
-                stacklevel=2,
-            )
+        except CheckpointError as error:
+            warnings.warn(f"training the digits teacher again: {error}", stacklevel=2)
     model = train_digits_teacher(seed)
     try:
-        _save({"state_dict": model.state_dict(), "hash": teacher_hash(model)}, path)
-    except OSError as error:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(path, model.state_dict())
+    except (OSError, CheckpointError) as error:
         raise TeacherError(
-            f"cannot write the digits teacher to {os.fspath(path)!r}: {error.strerror}; "
+            f"cannot write the digits teacher to {os.fspath(path)!r}: {error}; "
             "pass a writable directory as cache_dir"
         ) from error
     return model
@@ -236,55 +162,6 @@ def build(
     if weights is not None:
         load_weights(network, weights)
     return network.eval()
-
-
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Copy a checkpoint into ``model``, which stays as it is on any error.
-
-    Takes a state dict, bare or under ``state_dict``, ``model`` or ``model_state_dict``, with or
-    without DataParallel's ``module.`` prefix, from a ``.safetensors`` file or from ``torch.save``,
-    whose files are always read with ``weights_only=True``: no code in them can run. BatchNorm's
-    ``num_batches_tracked`` may be missing.
-
-    Raises:
-        TeacherError: the file is missing, damaged or holds anything but tensors; keys are missing
-            or unexpected; shapes or the number of classes do not match.
-    """
-    where = os.fspath(path)
-    if not os.path.isfile(path):
-        raise TeacherError(f"no weights file at {where!r}; pass the path of a saved state_dict")
-    state = _unwrap(_read(where), where)
-    own = model.state_dict()
-    if all(k.startswith("module.") for k in state) and not any(
-        k.startswith("module.") for k in own
-    ):
-        state = {k.removeprefix("module."): v for k, v in state.items()}
-
-    shapes = {k: (tuple(v.shape), tuple(own[k].shape)) for k, v in state.items() if k in own}
-    wrong = {k: pair for k, pair in shapes.items() if pair[0] != pair[1]}
-    problems = {
-        "missing keys": [
-            k for k in own if k not in state and not k.endswith("num_batches_tracked")
-        ],
-        "unexpected keys": [k for k in state if k not in own],
-        "mismatched shapes": [f"{k} {got} for {want}" for k, (got, want) in wrong.items()],
-    }
-    found = [f"{what}: {_some(items)}" for what, items in problems.items() if items]
-    if not found:
-        model.load_state_dict(state, strict=False)
-        return
-    # The classifier is registered last; are its rows all that differs?
-    got, want = wrong.get(next(reversed(own), ""), ((), ()))
-    rows = all((g[:1], g[1:], w[:1]) == (got[:1], w[1:], want[:1]) for g, w in wrong.values())
-    if len(found) == 1 and got and want and rows:
-        raise TeacherError(
-            f"the weights {where!r} are for {got[0]} classes, the model has {want[0]}: "
-            f"pass num_classes={got[0]}, or other weights"
-        )
-    raise TeacherError(
-        f"the weights {where!r} do not fit the model; {'; '.join(found)}. "
-        "Choose the model that they were saved from"
-    )
 
 
 def teacher_hash(model: nn.Module) -> str:
@@ -412,68 +289,3 @@ def _accepted(factory: Any, **offered: Any) -> dict[str, Any]:
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return offered
     return {k: v for k, v in offered.items() if k in parameters}
-
-
-def _read(path: str) -> Any:
-    """The unchecked contents of a weights file."""
-    if path.endswith(".safetensors"):
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise TeacherError(
-                f"reading {path!r} needs safetensors: run `pip install safetensors`"
-            ) from error
-        try:
-            return load_file(path)
-        except Exception as error:  # SafetensorError is a plain Exception
-            raise TeacherError(
-                f"cannot read {path!r}, it is damaged or not safetensors ({error}); {_RESAVE}"
-            ) from error
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # Not the whole message of torch, which offers weights_only=False.
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"a reference to {refused[1]}" if refused else "something else"
-        raise TeacherError(
-            f"refused to load {path!r}: expected tensors alone, found {what}, which might run "
-            f"code, or the file is damaged; {_RESAVE}"
-        ) from error
-    except Exception as error:  # whatever a damaged file may cause
-        first = str(error).split(". ")[0]  # torch goes on with its offer of weights_only=False
-        raise TeacherError(
-            f"cannot read {path!r}, it is damaged or not from torch.save "
-            f"({type(error).__name__}: {first}); {_RESAVE}"
-        ) from error
-
-
-def _unwrap(loaded: Any, path: str) -> dict[str, Tensor]:
-    """The state dict inside what a file held."""
-    found = f"a {type(loaded).__name__}"
-    if isinstance(loaded, Mapping):
-        inner = (loaded.get(key) for key in ("state_dict", "model", "model_state_dict"))
-        state = next((i for i in inner if isinstance(i, Mapping)), loaded)
-        other = [str(k) for k, v in state.items() if not isinstance(v, Tensor)]
-        if state and not other:
-            return {str(k): v for k, v in state.items()}
-        found = f"other values than tensors: {_some(other)}" if other else "an empty one"
-    raise TeacherError(f"expected a state_dict in {path!r}, found {found}; {_RESAVE}")
-
-
-def _save(content: dict[str, Any], path: Path) -> None:
-    """torch.save, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _some(items: Sequence[str]) -> str:
-    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")

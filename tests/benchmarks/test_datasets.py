@@ -11,11 +11,11 @@ from benchmarks.datasets import (
     DIGITS_STD,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    DataError,
     class_names,
     digits,
     image_folder,
 )
+from benchmarks.errors import DataError
 
 
 def write(path: Path, *, width: int = 8, height: int = 8, seed: int = 0, mode: str = "RGB") -> None:
