@@ -6,9 +6,6 @@ Without --model it runs on scikit-learn's handwritten digits and needs nothing b
 """
 
 import argparse
-import contextlib
-import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -17,30 +14,35 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agm import AGM, AgmError
 from baselines import METHODS, RECIPES, BaselineError, Interrupted, Result, quantize
-from baselines.errors import ConfigError
-from benchmarks import datasets, report, teachers
+from baselines.errors import ConfigError, UnsupportedLayerError
+from baselines.student import BitPolicy
+from benchmarks import report, teachers
 from benchmarks.errors import UsageError
+from benchmarks.process import Stop, locked
+from benchmarks.report import Cell
+from benchmarks.task import Task, load_task
 
 # The digits' images have 16 times fewer pixels than CIFAR's and need fewer steps.
 DIGITS_STEPS = 600
+# Of a finished cell; None in one that failed.
+RESULTS = ("accuracy_ptq", "accuracy_last", "seconds", "steps_per_s", "checkpoint")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     """The command line, with every default that needs no model filled in."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -78,6 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--debug", action="store_true", help="show tracebacks")
     # fmt: on
     args = parser.parse_args(argv)
+    args.argv = argv
     args.methods = list(METHODS) if "all" in args.baseline else list(dict.fromkeys(args.baseline))
     args.arms = ["none"]
     if args.with_agm is not None:
@@ -99,189 +102,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-@dataclass
-class Task:
-    """A teacher, and the images that judge it (None without --data)."""
-
-    teacher: nn.Module
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    images: Tensor | None
-    labels: Tensor | None
-    device: str
-
-    def accuracy(self, model: nn.Module) -> float:
-        """In %, always computed in float32."""
-        assert self.images is not None
-        assert self.labels is not None
-        return teachers.accuracy(model, self.images, self.labels, device=self.device)
-
-
-def load_task(args: argparse.Namespace) -> Task:
-    """Build and check everything that can be wrong before the first step."""
-    try:
-        torch.zeros((), device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {args.device!r} cannot be used: {error}") from error
-    on_digits = args.model == "digits" and args.data is None
-    zoo = args.model.startswith("torchvision:")
-    size = args.image_size or (8 if on_digits else 224 if zoo else 32)
-    num_classes = args.num_classes
-    if num_classes is None:
-        num_classes = 1000 if zoo else 10
-        if args.data is not None:
-            num_classes = len(datasets.class_names(args.data))
-    teacher = teachers.build(args.model, num_classes=num_classes, weights=args.weights)
-    channels = next(m.in_channels for m in teacher.modules() if isinstance(m, nn.Conv2d))
-    mean, std = args.mean, args.std
-    if mean is None:
-        mean = datasets.DIGITS_MEAN if channels == 1 else datasets.IMAGENET_MEAN
-    if std is None:
-        std = datasets.DIGITS_STD if channels == 1 else datasets.IMAGENET_STD
-    if len(mean) != channels or len(std) != channels:
-        raise UsageError(
-            f"--mean and --std need {channels} numbers, one a channel of the model's first "
-            f"convolution; got {len(mean)} and {len(std)}"
-        )
-    try:
-        with torch.no_grad():
-            logits = teacher(torch.zeros(2, channels, size, size))
-    except RuntimeError as error:
-        raise UsageError(
-            f"the model does not take {channels}x{size}x{size} images ({error}); set --image-size"
-        ) from error
-    if logits.ndim != 2 or logits.shape[1] != num_classes:
-        raise UsageError(
-            f"the model returns {tuple(logits.shape)} for 2 images, expected (2, {num_classes}); "
-            "set --num-classes, or --data with that many class folders"
-        )
-    images = labels = None
-    if on_digits:
-        _, _, images, labels = datasets.digits()
-    elif args.data is not None:
-        images, labels = datasets.image_folder(
-            args.data, image_size=size, mean=mean, std=std, num_classes=num_classes
-        )
-    teacher.to(args.device)
-    return Task(teacher, size, tuple(mean), tuple(std), images, labels, args.device)
-
-
-def run_cell(
-    args: argparse.Namespace, task: Task, cell: dict[str, Any], bar: tqdm, stop: "Stop"
-) -> tuple[dict[str, Any], Result]:
-    """One run, as a row of report.json."""
-    hooks = []
-    if cell["hooks"] != "none":
-        parts = {part: cell["hooks"] in (part, "both") for part in ("loss", "interpolation")}
-        hooks = [AGM(**parts, seed=cell["seed"])]
-    running = args.out / f"{cell['name']}.run"
-
-    def on_step(step: int, terms: dict[str, Tensor]) -> None:
-        bar.update(step + 1 - bar.n)
-        if step % 20 == 0:
-            bar.set_postfix({k: f"{v.item():.3g}" for k, v in terms.items()}, refresh=False)
-
-    def on_policy(policy: Any) -> None:
-        key = (cell["weight_bits"], cell["act_bits"])
-        if key not in args.policies:
-            args.policies[key] = str(policy)
-            bar.write(f"\nBit policy W{key[0]}A{key[1]}\n{policy}\n", file=sys.stdout)
-
-    result = quantize(
-        task.teacher,
-        method=cell["method"],
-        weight_bits=cell["weight_bits"],
-        act_bits=cell["act_bits"],
-        hooks=hooks,
-        image_size=task.image_size,
-        recipe=args.recipe,
-        steps=args.steps,
-        batch_size=args.batch_size,
-        seed=cell["seed"],
-        device=args.device,
-        precision=args.precision,
-        evaluate=task.accuracy if task.images is not None else None,
-        checkpoint_path=running,
-        checkpoint_every=args.checkpoint_every,
-        resume=args.resume,
-        stop=stop,
-        on_step=on_step,
-        on_policy=on_policy,
-    )
-    path = args.out / f"{cell['name']}.ckpt"
-    result.save(path)
-    row = cell | {
-        "accuracy_fp": args.accuracy_fp,
-        "accuracy_ptq": result.accuracies[0] if result.accuracies else None,
-        "accuracy_last": result.accuracies[-1] if result.accuracies else None,
-        "seconds": result.seconds,
-        "steps_per_s": result.steps_per_s,
-        "checkpoint": path.name,
-        "error": None,
-        "precision": result.precision,
-        "recipe": asdict(result.recipe),
-        "history": result.history,
-    }
-    _save_images(args.out / f"{cell['name']}.npy", result.images, task)
-    report.write_json(args.out / f"{cell['name']}.json", row)
-    for leftover in (running, running.with_name(running.name + ".previous")):
-        leftover.unlink(missing_ok=True)
-    return row, result
-
-
-def _save_images(path: Path, images: Tensor, task: Task) -> None:
-    """Denormalised, uint8 (n, h, w, c)."""
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (task.mean, task.std))
-    pixels = (images.cpu() * std + mean).clamp(0, 1).mul(255).round().byte()
-    np.save(path, pixels.permute(0, 2, 3, 1).numpy())
-
-
-class Stop:
-    """SIGINT and SIGTERM: the first lets the step end, the second ends the program at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def __call__(self) -> bool:
-        return self.received is not None
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _handle(self, number: int, _frame: Any) -> None:
-        if self.received is not None:
-            os._exit(128 + number)
-        self.received = number
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Refuse a second run in one folder; the lock of a dead process is gone with it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a+")
-    except OSError as error:
-        raise UsageError(
-            f"cannot write to {folder}: {error.strerror}; choose another --out"
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"another run is working in {folder}; wait for it or choose another --out"
-            ) from error
-        yield
-
-
-def grid(args: argparse.Namespace) -> list[dict[str, Any]]:
+def grid(args: argparse.Namespace) -> list[Cell]:
     """The cells in the order in which they run: all arms of a seed, then the next seed."""
     return [
         {
@@ -299,146 +120,194 @@ def grid(args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def settings(args: argparse.Namespace, task: Task) -> dict[str, Any]:
-    """What a finished run depends on; a folder is gone on with only under the same."""
-    return {
-        "model": args.model,
-        "teacher_hash": teachers.teacher_hash(task.teacher),
-        "data_hash": None if task.images is None else _hash(task.images),
-        "recipe": args.recipe,
-        "steps": args.steps,
-        "batch_size": args.batch_size,
-        "device": args.device,
-        "precision": args.precision,
-    }
+class Comparison:
+    """A grid of runs on one task, in one folder that it has to itself."""
 
+    def __init__(self, args: argparse.Namespace, task: Task, out: Path) -> None:
+        self.args, self.task, self.out = args, task, out
+        self.accuracy_fp = None if task.images is None else task.accuracy(task.teacher)
+        self.cells = grid(args)
+        self.shown_policies: set[tuple[int, int]] = set()
+        self.stop = Stop()
 
-def _hash(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
-
-
-def finished(folder: Path, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of cells that a run before this one completed."""
-    rows = []
-    for cell in cells:
-        path = folder / f"{cell['name']}.json"
-        if path.exists() and (folder / f"{cell['name']}.ckpt").exists():
-            rows.append(json.loads(path.read_text()))
-    return rows
-
-
-def compare(args: argparse.Namespace) -> int:
-    """The whole job; returns the exit status."""
-    task = load_task(args)
-    args.accuracy_fp = None if task.images is None else task.accuracy(task.teacher)
-    cells = grid(args)
-    name = args.model.replace(":", "-").replace("/", "-")
-    args.out = args.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    args.policies = {}
-    with locked(args.out):
-        same = settings(args, task)
-        known = args.out / "settings.json"
-        if known.exists() and not args.resume:
-            raise UsageError(
-                f"{args.out} holds a run; add --resume to go on, or choose another --out"
-            )
-        if known.exists() and json.loads(known.read_text()) != same:
-            raise UsageError(
-                f"{args.out} was made with other settings ({known}); repeat its command, or choose "
-                "another --out"
-            )
-        report.write_json(known, same)
-        rows = finished(args.out, cells)
-        shown = "n/a" if args.accuracy_fp is None else f"{args.accuracy_fp:.2f} %"
-        judged = "none" if task.images is None else f"{len(task.images)}"
-        print(f"Teacher {args.model}: full precision {shown} on {judged} evaluation images")
-        print(f"{len(cells)} runs ({len(rows)} of them done before) into {args.out}", flush=True)
-        interrupted, stop = False, Stop()
-        with stop.listening():
-            done = {row["name"] for row in rows}
-            todo = [cell for cell in cells if cell["name"] not in done]
+    def run(self) -> int:
+        """All cells that are not finished, then the report; returns the exit status."""
+        self._claim_folder()
+        rows = {cell["name"]: row for cell in self.cells if (row := self._finished(cell))}
+        todo = [cell for cell in self.cells if cell["name"] not in rows]
+        fp = "n/a" if self.accuracy_fp is None else f"{self.accuracy_fp:.2f} %"
+        judged = 0 if self.task.images is None else len(self.task.images)
+        print(f"Teacher {self.args.model}: full precision {fp} on {judged} evaluation images")
+        print(
+            f"{len(self.cells)} runs, {len(rows)} of them done before, into {self.out}", flush=True
+        )
+        interrupted = False
+        with self.stop.listening():
             for i, cell in enumerate(todo):
                 try:
-                    rows.append(_timed_cell(args, task, cell, f"{i + 1}/{len(todo)}", stop))
+                    rows[cell["name"]] = self._run_cell(cell, f"{i + 1}/{len(todo)}")
                 except Interrupted as stopped:
                     print(f"{cell['name']}: {stopped}", file=sys.stderr)
                     interrupted = True
                     break
-        rows.sort(key=lambda row: [c["name"] for c in cells].index(row["name"]))
-        if rows:
-            write_report(args, task, rows, same)
-    if interrupted:
-        print(f"go on with: {command(args)} --resume", file=sys.stderr)
-        return 128 + (stop.received or signal.SIGINT)
-    return 1 if any(row["error"] for row in rows) else 0
+        finished = [rows[cell["name"]] for cell in self.cells if cell["name"] in rows]
+        if finished:
+            self._report(finished)
+        if interrupted:
+            print(f"go on with: {self._command()} --resume", file=sys.stderr)
+            return 128 + (self.stop.received or signal.SIGINT)
+        return 1 if any(row["error"] for row in finished) else 0
 
+    def _claim_folder(self) -> None:
+        """Refuse the results of other settings, and to repeat a run unasked."""
+        known = self.out / "settings.json"
+        if known.exists() and not self.args.resume:
+            raise UsageError(
+                f"{self.out} holds a run; add --resume to go on, or choose another --out"
+            )
+        if known.exists() and json.loads(known.read_text()) != self._settings():
+            raise UsageError(
+                f"{self.out} was made with other settings ({known}); repeat its command, or choose "
+                "another --out"
+            )
+        report.write_json(known, self._settings())
 
-def _timed_cell(
-    args: argparse.Namespace, task: Task, cell: dict[str, Any], count: str, stop: Stop
-) -> dict[str, Any]:
-    """A cell under its progress bar; a failure becomes a row."""
-    method_recipe = getattr(METHODS[cell["method"]], args.recipe)(task.image_size)[1]
-    total = args.steps or method_recipe.steps
-    with tqdm(total=total, desc=f"[{count}] {cell['name']}", unit="step", mininterval=0.5) as bar:
-        try:
-            return run_cell(args, task, cell, bar, stop)[0]
-        except ConfigError:
-            raise  # the command line's fault, and every cell's
-        except (BaselineError, torch.OutOfMemoryError, MemoryError) as error:
-            if args.debug:
-                raise
-            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            empty = dict.fromkeys(("accuracy_ptq", "accuracy_last", "seconds", "steps_per_s"))
-            row = {"accuracy_fp": args.accuracy_fp, "checkpoint": None, "history": []}
-            return cell | empty | row | {"error": f"{type(error).__name__}: {first_line}"}
+    def _settings(self) -> dict[str, Any]:
+        """What a finished run depends on."""
+        return {
+            "model": self.args.model,
+            "teacher_hash": teachers.teacher_hash(self.task.teacher),
+            "data_hash": self.task.data_hash(),
+            "recipe": self.args.recipe,
+            "steps": self.args.steps,
+            "batch_size": self.args.batch_size,
+            "device": self.args.device,
+            "precision": self.args.precision,
+        }
 
+    def _finished(self, cell: Cell) -> Cell | None:
+        """The row of a cell that an earlier run completed."""
+        path = self.out / f"{cell['name']}.json"
+        return json.loads(path.read_text()) if path.exists() else None
 
-def command(args: argparse.Namespace) -> str:
-    """What reproduces this run."""
-    given = [a for a in args.argv if a != "--resume"]
-    if "--out" not in given:
-        given += ["--out", str(args.out)]
-    return shlex.join(["python", "benchmarks/compare.py", *given])
+    def _run_cell(self, cell: Cell, count: str) -> Cell:
+        """A cell under its progress bar, as a row of report.json; a failure is a row as well."""
+        recipe = getattr(METHODS[cell["method"]], self.args.recipe)(self.task.image_size)[1]
+        steps, name = self.args.steps or recipe.steps, f"[{count}] {cell['name']}"
+        with tqdm(total=steps, desc=name, unit="step", mininterval=0.5) as bar:
+            try:
+                result = self._quantize(cell, bar)
+            except (ConfigError, UnsupportedLayerError):
+                raise  # the command line's fault, and every cell's
+            except (BaselineError, torch.OutOfMemoryError, MemoryError) as error:
+                if self.args.debug:
+                    raise
+                why = (str(error) or "out of memory").splitlines()[0]
+                return (
+                    cell
+                    | dict.fromkeys(RESULTS)
+                    | {
+                        "accuracy_fp": self.accuracy_fp,
+                        "history": [],
+                        "error": f"{type(error).__name__}: {why}",
+                    }
+                )
+        return self._save(cell, result)
 
+    def _quantize(self, cell: Cell, bar: tqdm) -> Result:
+        hooks = []
+        if cell["hooks"] != "none":
+            parts = {part: cell["hooks"] in (part, "both") for part in ("loss", "interpolation")}
+            hooks = [AGM(**parts, seed=cell["seed"])]
 
-def write_report(
-    args: argparse.Namespace, task: Task, rows: list[dict[str, Any]], same: dict[str, Any]
-) -> None:
-    """Table, picture, report.json."""
-    text = report.table(rows)
-    content = {
-        "command": command(args),
-        "settings": same,
-        "accuracy_fp": args.accuracy_fp,
-        "evaluation_images": 0 if task.images is None else len(task.images),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "numpy": np.__version__,
-            "commit": _commit(),
-        },
-        "machine": {
-            "platform": platform.platform(),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if args.device.startswith("cuda") else None,
-        },
-        "policy": {f"W{w}A{a}": p for (w, a), p in args.policies.items()},
-        "table": text,
-        "cells": rows,
-    }
-    report.write_json(args.out / "report.json", content)
-    images = {
-        row["name"]: np.load(args.out / f"{row['name']}.npy") / 255
-        for row in rows
-        if row["error"] is None
-    }
-    report.picture(
-        rows, images, args.out / "report.png", title=f"{args.model}, {args.recipe} recipe"
-    )
-    print(f"\n{text}\n\nWrote {args.out / 'report.json'} and {args.out / 'report.png'}")
-    print(f"Reproduce: {command(args)}", flush=True)
+        def on_step(step: int, terms: dict[str, Tensor]) -> None:
+            bar.update(step + 1 - bar.n)
+            if step % 20 == 0:
+                bar.set_postfix({k: f"{v.item():.3g}" for k, v in terms.items()}, refresh=False)
+
+        def on_policy(policy: BitPolicy) -> None:
+            bits = (cell["weight_bits"], cell["act_bits"])
+            if bits not in self.shown_policies:
+                self.shown_policies.add(bits)
+                bar.write(f"\nBit policy W{bits[0]}A{bits[1]}\n{policy}\n", file=sys.stdout)
+
+        return quantize(
+            self.task.teacher,
+            method=cell["method"],
+            weight_bits=cell["weight_bits"],
+            act_bits=cell["act_bits"],
+            hooks=hooks,
+            image_size=self.task.image_size,
+            recipe=self.args.recipe,
+            steps=self.args.steps,
+            batch_size=self.args.batch_size,
+            seed=cell["seed"],
+            device=self.args.device,
+            precision=self.args.precision,
+            evaluate=self.task.accuracy if self.task.images is not None else None,
+            checkpoint_path=self.out / f"{cell['name']}.run",
+            checkpoint_every=self.args.checkpoint_every,
+            resume=self.args.resume,
+            stop=self.stop,
+            on_step=on_step,
+            on_policy=on_policy,
+        )
+
+    def _save(self, cell: Cell, result: Result) -> Cell:
+        """The quantized network, its images, and last the row, which says that all is there."""
+        stem = self.out / cell["name"]
+        result.save(stem.with_suffix(".ckpt"))
+        np.save(stem.with_suffix(".npy"), self.task.pixels(result.images))
+        row = cell | {
+            "accuracy_fp": self.accuracy_fp,
+            "accuracy_ptq": result.accuracies[0] if result.accuracies else None,
+            "accuracy_last": result.accuracies[-1] if result.accuracies else None,
+            "seconds": result.seconds,
+            "steps_per_s": result.steps_per_s,
+            "checkpoint": f"{cell['name']}.ckpt",
+            "error": None,
+            "precision": result.precision,
+            "recipe": asdict(result.recipe),
+            "policy": str(result.policy),
+            "history": result.history,
+        }
+        report.write_json(stem.with_suffix(".json"), row)
+        for leftover in self.out.glob(f"{cell['name']}.run*"):
+            leftover.unlink()
+        return row
+
+    def _report(self, rows: list[Cell]) -> None:
+        """Table, picture, report.json."""
+        text = report.table(rows)
+        versions = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
+        content = {
+            "command": self._command(),
+            "settings": self._settings(),
+            "evaluation_images": 0 if self.task.images is None else len(self.task.images),
+            "versions": {"python": platform.python_version(), "commit": _commit()} | versions,
+            "machine": {
+                "platform": platform.platform(),
+                "cpus": os.cpu_count(),
+                "threads": torch.get_num_threads(),
+                "gpu": torch.cuda.get_device_name() if "cuda" in self.args.device else None,
+            },
+            "table": text,
+            "cells": rows,
+        }
+        report.write_json(self.out / "report.json", content)
+        done = [row["name"] for row in rows if row["error"] is None]
+        images = {name: np.load(self.out / f"{name}.npy") / 255 for name in done}
+        title = f"{self.args.model}, {self.args.recipe} recipe"
+        report.picture(rows, images, self.out / "report.png", title=title)
+        print(f"\n{text}\n\nWrote {self.out / 'report.json'} and {self.out / 'report.png'}")
+        print(f"Reproduce: {self._command()}", flush=True)
+
+    def _command(self) -> str:
+        """What reproduces this run."""
+        given = [a for a in self.args.argv if a != "--resume"]
+        if "--out" not in given:
+            given += ["--out", str(self.out)]
+        return shlex.join(["python", "benchmarks/compare.py", *given])
 
 
 def _commit() -> str | None:
@@ -454,8 +323,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = parse(argv)
-        args.argv = argv
-        return compare(args)
+        task = load_task(args)
+        name = args.model.replace(":", "-").replace("/", "-")
+        out = args.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        with locked(out):
+            return Comparison(args, task, out).run()
     except AgmError as error:
         if "--debug" in argv:
             raise

@@ -1,0 +1,55 @@
+"""Signals that let a step end, and one run a folder."""
+
+import contextlib
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.errors import UsageError
+
+
+class Stop:
+    """SIGINT and SIGTERM: the first lets the step end, the second ends the program at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __call__(self) -> bool:
+        return self.received is not None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: Any) -> None:
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = number
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Refuse a second run in one folder; the lock of a dead process is gone with it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {folder}: {error.strerror}; choose another --out"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"another run is working in {folder}; wait for it or choose another --out"
+            ) from error
+        yield

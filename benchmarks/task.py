@@ -1,0 +1,92 @@
+"""What a comparison works on: a teacher, and the images that judge it."""
+
+import argparse
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks import datasets, teachers
+from benchmarks.errors import UsageError
+
+
+@dataclass
+class Task:
+    """A teacher, and the images that judge it (None without --data)."""
+
+    teacher: nn.Module
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    images: Tensor | None
+    labels: Tensor | None
+    device: str
+
+    def accuracy(self, model: nn.Module) -> float:
+        """In %, always computed in float32."""
+        assert self.images is not None
+        assert self.labels is not None
+        return teachers.accuracy(model, self.images, self.labels, device=self.device)
+
+    def data_hash(self) -> str | None:
+        """16 hex digits over the evaluation images."""
+        if self.images is None:
+            return None
+        return hashlib.sha256(self.images.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+    def pixels(self, images: Tensor) -> np.ndarray:
+        """Normalised (n, c, h, w) as uint8 (n, h, w, c)."""
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        levels = (images.cpu() * std + mean).clamp(0, 1).mul(255).round().byte()
+        return levels.permute(0, 2, 3, 1).numpy()
+
+
+def load_task(args: argparse.Namespace) -> Task:
+    """Build and check everything that can be wrong before the first step."""
+    try:
+        torch.zeros((), device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {args.device!r} cannot be used: {error}") from error
+    on_digits = args.model == "digits" and args.data is None
+    zoo = args.model.startswith("torchvision:")
+    size = args.image_size or (8 if on_digits else 224 if zoo else 32)
+    num_classes = args.num_classes
+    if num_classes is None:
+        num_classes = 1000 if zoo else 10
+        if args.data is not None:
+            num_classes = len(datasets.class_names(args.data))
+    teacher = teachers.build(args.model, num_classes=num_classes, weights=args.weights)
+    channels = next(m.in_channels for m in teacher.modules() if isinstance(m, nn.Conv2d))
+    mean, std = args.mean, args.std
+    if mean is None:
+        mean = datasets.DIGITS_MEAN if channels == 1 else datasets.IMAGENET_MEAN
+    if std is None:
+        std = datasets.DIGITS_STD if channels == 1 else datasets.IMAGENET_STD
+    if len(mean) != channels or len(std) != channels:
+        raise UsageError(
+            f"--mean and --std need {channels} numbers, one a channel of the model's first "
+            f"convolution; got {len(mean)} and {len(std)}"
+        )
+    try:
+        with torch.no_grad():
+            logits = teacher(torch.zeros(2, channels, size, size))
+    except RuntimeError as error:
+        raise UsageError(
+            f"the model does not take {channels}x{size}x{size} images ({error}); set --image-size"
+        ) from error
+    if logits.ndim != 2 or logits.shape[1] != num_classes:
+        raise UsageError(
+            f"the model returns {tuple(logits.shape)} for 2 images, expected (2, {num_classes}); "
+            "set --num-classes, or --data with that many class folders"
+        )
+    images = labels = None
+    if on_digits:
+        _, _, images, labels = datasets.digits()
+    elif args.data is not None:
+        images, labels = datasets.image_folder(
+            args.data, image_size=size, mean=mean, std=std, num_classes=num_classes
+        )
+    teacher.to(args.device)
+    return Task(teacher, size, tuple(mean), tuple(std), images, labels, args.device)
