@@ -101,4 +101,4 @@ def paper(image_size: int) -> tuple[AdaDFQ, Recipe]:
 
 def quick(image_size: int) -> tuple[AdaDFQ, Recipe]:
     """GDFQ's quick recipe with AdaDFQ's losses."""
-    return AdaDFQ(), gdfq.quick(image_size)[1]
+    return AdaDFQ(width=64, bns_weight=15.0), gdfq.quick(image_size)[1]

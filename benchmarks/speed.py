@@ -1,0 +1,297 @@
+"""Where a step's time goes, and what the add-on costs.
+
+    python benchmarks/speed.py --baseline gdfq --batch-size 200
+
+All variants are measured in one run, one step of each in turn, so that only ratios count; printed
+is the median over the rounds and, after +-, half the distance between the quartiles. "plain" is
+this project's own float32 path: eager, contiguous, BatchNorm unfolded, torch.var_mean.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from agm import AGM, AgmError, frozen_parameters
+from baselines import METHODS, RECIPES, bn_stats
+from baselines.quantizers import observing
+from baselines.student import QuantizationConfig
+from baselines.trainer import Trainer
+from benchmarks import report, teachers
+
+ARMS = {
+    "none": {},
+    "loss": {"interpolation": False},
+    "interpolation": {"loss": False},
+    "both": {},
+}
+
+
+class PlainTrainer(Trainer):
+    """Contiguous tensors."""
+
+    def _place(self, network: nn.Module) -> nn.Module:
+        return network.to(self.device, memory_format=torch.contiguous_format)
+
+
+def plain_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What baselines.bn_stats.channel_moments equals, as the formula reads."""
+    variance, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+    return mean, variance
+
+
+def make(args: argparse.Namespace, method: str, arm: str, *, plain: bool) -> Trainer:
+    """A trainer past its warm-up."""
+    losses, recipe = getattr(METHODS[method], args.recipe)(args.image_size)
+    recipe = recipe.__class__(
+        **vars(recipe) | {"batch_size": args.batch_size or recipe.batch_size}
+        | ({"fold_batch_norm": False} if plain else {})
+    )  # fmt: skip
+    config = QuantizationConfig(
+        args.bits, args.bits, ste=recipe.ste, range_estimator=recipe.range_estimator,
+        fold_batch_norm=recipe.fold_batch_norm,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        teacher = teachers.build(args.model, num_classes=args.num_classes, weights=args.weights)
+    trainer = (PlainTrainer if plain else Trainer)(
+        teacher,
+        method=losses,
+        recipe=recipe,
+        config=config,
+        image_shape=(3, args.image_size, args.image_size),
+        hooks=[] if arm == "none" else [AGM(**ARMS[arm])],
+        device=args.device,
+        precision="fp32" if plain else args.precision,
+    )
+    with observing(trainer.student), torch.no_grad():
+        trainer.student(trainer.sample_images(args.batch_size or recipe.batch_size))
+    trainer.step_count = recipe.warmup_steps
+    return trainer
+
+
+def stepper(trainer: Trainer, *, plain: bool) -> Callable[[], Any]:
+    """One step of it."""
+    if not plain:
+        return trainer.step
+
+    def step() -> None:
+        with mock.patch.object(bn_stats, "channel_moments", plain_moments):
+            trainer.step()
+
+    return step
+
+
+def parts(trainer: Trainer) -> dict[str, Callable[[], Any]]:
+    """The pieces of a step, each on its own."""
+    latents, _ = trainer.generator.sample(trainer.recipe.batch_size, trainer.rng)
+    images = trainer._run(trainer.generator, *latents).detach()
+    logits = trainer._run(trainer.teacher, images).float().detach().requires_grad_()
+    answers = trainer._run(trainer.student, images).float().detach().requires_grad_()
+    hook = AGM(interpolation=False)
+
+    def generator() -> None:
+        out = trainer._run(trainer.generator, *latents)
+        out.backward(torch.ones_like(out))
+
+    def teacher() -> None:
+        x = images.clone().requires_grad_()
+        with bn_stats.batch_norm_statistics(trainer.teacher) as statistics:
+            out = trainer._run(trainer.teacher, x)
+        (out.float().sum() + statistics.loss()).backward()
+
+    def student() -> None:
+        trainer._run(trainer.student, images).float().sum().backward()
+
+    def student_input_gradient() -> None:
+        with frozen_parameters(trainer.student):
+            out = trainer._run(trainer.student, images.clone().requires_grad_())
+        out.float().sum().backward()
+
+    def teacher_again() -> None:
+        with torch.no_grad():
+            trainer._run(trainer.teacher, images)
+
+    def loss() -> None:
+        hook.generator_loss(
+            images=images, teacher_logits=logits, student=lambda _: answers
+        ).backward()
+
+    def weight_quantizers() -> None:
+        for module in trainer.student.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                _ = module.weight
+
+    def optimizers() -> None:
+        trainer.generator_optimizer.step()
+        trainer.student_optimizer.step()
+
+    return {
+        "generator, both ways": generator,
+        "teacher and BNS, to the images": teacher,
+        "student, both ways": student,
+        "optimizers": optimizers,
+        "weight quantizers, forward": weight_quantizers,
+        "add-on: student, to the images": student_input_gradient,
+        "add-on: teacher again": teacher_again,
+        "add-on: the loss itself": loss,
+    }
+
+
+def measure(
+    variants: dict[str, Callable[[], Any]], rounds: int, device: str
+) -> dict[str, list[float]]:
+    """Seconds of each variant, in turn, after one unmeasured round."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for i in range(rounds + 1):
+        for name, call in variants.items():
+            synchronize(device)
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def synchronize(device: str) -> None:
+    """Wait for a device that runs ahead of Python."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def gemm_rate(dtype: torch.dtype, device: str, n: int = 1024) -> float:
+    """Operations a second of a square matrix product, the best of ten."""
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2 * n**3 / min(min(s) for s in measure({"": lambda: a @ a}, 10, device).values())
+
+
+def peak_memory(args: argparse.Namespace, method: str, arm: str, plain: bool) -> float:
+    """MiB of a process of its own that takes three steps."""
+    request = json.dumps({"method": method, "arm": arm, "plain": plain})
+    run = subprocess.run(
+        [sys.executable, __file__, *args.argv, "--peak", request],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return float(run.stdout.split()[-1])
+
+
+def print_peak(args: argparse.Namespace) -> None:
+    """The other side of :func:`peak_memory`."""
+    request = json.loads(args.peak)
+    plain = request["plain"]
+    step = stepper(make(args, request["method"], request["arm"], plain=plain), plain=plain)
+    for _ in range(3):
+        step()
+    if args.device.startswith("cuda"):
+        print(torch.cuda.max_memory_allocated() / 2**20)
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+
+
+def spread(values: list[float]) -> float:
+    """Half the distance between the quartiles."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return (high - low) / 2
+
+
+def profile(args: argparse.Namespace, method: str) -> dict[str, Any]:
+    """All figures of one method, printed on the way."""
+    trainers = {arm: make(args, method, arm, plain=False) for arm in ARMS}
+    plain = stepper(make(args, method, "none", plain=True), plain=True)
+    steps = {"plain": plain} | {arm: stepper(t, plain=False) for arm, t in trainers.items()}
+    pieces = parts(trainers["none"])
+    seconds = measure(steps | pieces, args.rounds, args.device)
+    batch = trainers["none"].recipe.batch_size
+    precision = trainers["none"].precision
+    rate = gemm_rate(torch.bfloat16 if precision == "bf16" else torch.float32, args.device)
+    print(f"\n{method}, {args.model}, batch {batch}, {precision}, {args.recipe} recipe")
+    rows = {}
+    base, plain_time = statistics.median(seconds["none"]), statistics.median(seconds["plain"])
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        row = {"seconds": median, "spread": spread(values), "rounds": len(values)}
+        if name in steps:
+            with FlopCounterMode(display=False) as counter:
+                steps[name]()
+            row |= {
+                "steps_per_s": 1 / median,
+                "images_per_s": batch / median,
+                "gflop": counter.get_total_flops() / 1e9,
+                "gemm_share": counter.get_total_flops() / median / rate,
+                "peak_mib": peak_memory(
+                    args, method, "none" if name == "plain" else name, name == "plain"
+                ),
+                "speedup_over_plain": plain_time / median,
+                "over_baseline": median / base - 1,
+            }
+            print(
+                f"  step, {name:14s} {1e3 * median:8.1f} ms ± {1e3 * row['spread']:5.1f}  "
+                f"{plain_time / median:5.2f}x plain  {100 * row['over_baseline']:+6.1f} %  "
+                f"{row['steps_per_s']:6.2f} steps/s  {row['images_per_s']:7.0f} images/s  "
+                f"{row['gflop']:7.1f} GFLOP = {100 * row['gemm_share']:3.0f} % of GEMM  "
+                f"{row['peak_mib']:6.0f} MiB"
+            )
+        else:
+            print(f"  {name:33s} {1e3 * median:8.2f} ms ± {1e3 * row['spread']:5.2f}")
+        rows[name] = row
+    return {"batch_size": batch, "precision": precision, "gemm_flops": rate, "figures": rows}
+
+
+def main() -> int:
+    """Exit status 0, or 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--baseline", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--weights", type=Path, help="default: random ones, as fast as trained")
+    parser.add_argument("--num-classes", type=int, default=10)
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--bits", type=int, default=3)
+    parser.add_argument("--recipe", choices=RECIPES, default="paper")
+    parser.add_argument("--batch-size", type=int, help="default: the recipe's")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="JSON of all figures")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.argv = sys.argv[1:]
+    try:
+        if args.peak:
+            print_peak(args)
+            return 0
+        machine = {
+            "platform": platform.platform(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        }
+        print(", ".join(f"{k} {v}" for k, v in machine.items()))
+        results = {method: profile(args, method) for method in args.baseline}
+    except AgmError as error:
+        print(f"speed.py: error: {error}", file=sys.stderr)
+        return 2
+    if args.out:
+        command = "python benchmarks/speed.py " + " ".join(args.argv)
+        report.write_json(args.out, {"command": command, "machine": machine, "methods": results})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
