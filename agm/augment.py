@@ -93,6 +93,8 @@ def _soft_labels(labels: Tensor, n: int, num_classes: int | None) -> Tensor:
         raise AgmValueError(f"integer labels must be ({n},), got {tuple(labels.shape)}")
     if num_classes is None:
         raise AgmValueError("integer labels need num_classes=, the number of classes")
+    if num_classes < 1:
+        raise AgmValueError(f"num_classes must be >= 1, got {num_classes}")
     try:
         return F.one_hot(labels.long(), num_classes).to(torch.get_default_dtype())
     except RuntimeError as error:  # raised on the CPU alone; other devices do not look at values

@@ -113,6 +113,18 @@ def resolve_discrepancy(discrepancy: str | Discrepancy) -> Discrepancy:
     return DISCREPANCIES[discrepancy]
 
 
+def measure(discrepancy: Discrepancy, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """``discrepancy`` of the logits, in float32 at least, with its shape (N,) checked."""
+    check_logits(teacher_logits, student_logits)
+    d = discrepancy(at_least_float32(teacher_logits), at_least_float32(student_logits))
+    if d.shape != teacher_logits.shape[:1]:
+        raise AgmValueError(
+            f"the discrepancy must return ({teacher_logits.shape[0]},), one value a sample; "
+            f"it returned {tuple(d.shape)}"
+        )
+    return d
+
+
 def _gate(excess: Tensor, std: Tensor) -> Tensor:
     """Phi(excess / std); for std = 0 its limit, the unit step with 1/2 at 0."""
     z = excess / torch.where(std > 0, std, 1)
@@ -225,8 +237,10 @@ def interpolate(images: Tensor, permutation: Tensor, weight: Tensor) -> Tensor:
     n = images.shape[0] if images.ndim else 0
     if not n:
         raise AgmValueError(f"need a batch (N, ...) with N >= 1, got {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise AgmValueError(f"images must be floating point, got {images.dtype}")
     for name, value in (("permutation", permutation), ("weight", weight)):
         if value.shape != (n,):
             raise AgmValueError(f"{name} must be ({n},) for this batch, got {tuple(value.shape)}")
     weight = weight.to(images).view(-1, *(1,) * (images.ndim - 1))
-    return torch.lerp(images, images[permutation], weight)
+    return torch.lerp(images, images[permutation.long()], weight)

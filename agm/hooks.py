@@ -10,6 +10,7 @@ batch, labels = hook.student_batch(images=images.detach(), labels=labels)       
 <the student's step on batch, labels and teacher(batch)>
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
@@ -22,8 +23,8 @@ from agm.errors import AgmValueError
 from agm.functional import (
     Discrepancy,
     at_least_float32,
-    check_logits,
     expected_margin,
+    measure,
     resolve_discrepancy,
 )
 
@@ -109,8 +110,8 @@ class AGM:
         interval: int = 10,
         seed: int = 0,
     ) -> None:
-        if not ratio > 0:
-            raise AgmValueError(f"ratio must be > 0, got {ratio!r}")
+        if not 0 < ratio < math.inf:
+            raise AgmValueError(f"ratio must be finite and > 0, got {ratio!r}")
         if not 0 <= decay < 1:
             raise AgmValueError(f"decay must be in [0, 1), got {decay!r}")
         if interval < 1:
@@ -149,8 +150,7 @@ class AGM:
             return teacher_logits.new_zeros(())
         with frozen_parameters(student) if isinstance(student, nn.Module) else nullcontext():
             student_logits = student(images)
-        check_logits(teacher_logits, student_logits)
-        d = self.discrepancy(at_least_float32(teacher_logits), at_least_float32(student_logits))
+        d = measure(self.discrepancy, teacher_logits, student_logits)
         with torch.no_grad():
             self._follow("mean", d.mean())
             self._follow("variance", d.var(correction=0))

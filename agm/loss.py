@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from agm.errors import AgmValueError
 from agm.functional import (
     Discrepancy,
-    at_least_float32,
-    check_logits,
     expected_margin,
+    measure,
     resolve_discrepancy,
     sampled_margin,
 )
@@ -75,13 +74,7 @@ class GaussianMarginLoss(nn.Module):
         Returns:
             A scalar, or (N,) for ``reduction="none"``, in the logits' dtype.
         """
-        check_logits(teacher_logits, student_logits)
-        d = self.discrepancy(at_least_float32(teacher_logits), at_least_float32(student_logits))
-        if d.shape != teacher_logits.shape[:1]:
-            raise AgmValueError(
-                f"the discrepancy must return ({teacher_logits.shape[0]},), one value a sample; "
-                f"it returned {tuple(d.shape)}"
-            )
+        d = measure(self.discrepancy, teacher_logits, student_logits)
         if self.mode == "expected":
             if noise is not None or generator is not None:
                 raise AgmValueError("mode='expected' takes neither noise nor generator")

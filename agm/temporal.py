@@ -82,26 +82,30 @@ class DiversityProbe:
         seen: list[Tensor] = []
         linears = [m for m in self.teacher.modules() if isinstance(m, nn.Linear)]
         devices = {t.device for t in self.latents if isinstance(t, Tensor) and t.is_cuda}
-        with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices=list(devices)))
-            for module in (self.generator, self.teacher):
-                if isinstance(module, nn.Module):
-                    for buffer in module.buffers():
-                        stack.callback(buffer.copy_, buffer.clone())
+        with torch.random.fork_rng(devices=list(devices)), ExitStack() as stack:
             if linears:
                 handle = linears[-1].register_forward_pre_hook(
                     lambda _module, inputs: seen.append(inputs[0])
                 )
                 stack.callback(handle.remove)
-            images = self.generator(*self.latents)
-            logits = self.teacher(images)
+            images = _on_copied_buffers(self.generator, *self.latents)
+            logits = _on_copied_buffers(self.teacher, images)
             features = seen[-1] if seen else logits
-            return images.float(), features.flatten(1).float()
+            # Clones: a generator may write to what it returned.
+            return images.float().clone(), features.flatten(1).float().clone()
 
     def _gradient_norm(self, nan: Tensor) -> Tensor:
         parameters = self.generator.parameters() if isinstance(self.generator, nn.Module) else ()
         gradients = [p.grad for p in parameters if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients).to(nan) if gradients else nan
+
+
+def _on_copied_buffers(network: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """``network(*inputs)``; what BatchNorm would keep of it is thrown away."""
+    if not isinstance(network, nn.Module):
+        return network(*inputs)
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    return torch.func.functional_call(network, buffers, inputs)
 
 
 def _movement(now: Tensor, before: Tensor) -> Tensor:

@@ -64,10 +64,12 @@ def by_hand(now, before):
     return np.mean(movement), np.mean(cosines)
 
 
-def snapshots(seed, n):
-    """Two sets of images, and a probe that is about to see the one and then the other."""
-    a, b = torch.randn(2, n, 3, 4, 4, generator=rng(seed))
-    return a, b, iter((a, b))
+def watched(seed, n, teacher):
+    """Three sets of random images, and the probe's rows about them."""
+    images = torch.randn(3, n, 3, 4, 4, generator=rng(seed))
+    coming = iter(images)
+    probe = DiversityProbe(lambda z: next(coming), latents(n=n), teacher)
+    return images, [probe() for _ in images]
 
 
 # Measurements
@@ -75,35 +77,35 @@ def snapshots(seed, n):
 
 @given(seeds, st.integers(2, 6))
 def test_rows_are_the_formulas_by_hand(seed, n):
-    a, b, images = snapshots(seed, n)
     teacher = classifier(seed % 89)
-    probe = DiversityProbe(lambda z: next(images), latents(n=n), teacher)
-    first, second = probe(), probe()
-    assert set(first) == set(second) == KEYS
-    assert all(type(v) is float for v in second.values())
+    images, rows = watched(seed, n, teacher)
     with torch.no_grad():
-        p, q = (teacher[:-1](x).numpy() for x in (a, b))  # what the linear layer receives
+        features = [teacher[:-1](x) for x in images]  # what the linear layer receives
     # float32: sums of at most 48 products, and cosines in [-1, 1].
     close = {"rel": 1e-4, "abs": 1e-5}
-    assert first["batch_similarity"] == pytest.approx(by_hand(p, p)[1], **close)
-    assert all(math.isnan(first[k]) for k in FIRST)
-    assert second["image_movement"] == pytest.approx(by_hand(b, a)[0], **close)
-    assert second["feature_movement"] == pytest.approx(by_hand(q, p)[0], **close)
-    assert second["batch_similarity"] == pytest.approx(by_hand(q, q)[1], **close)
-    assert second["snapshot_similarity"] == pytest.approx(by_hand(q, p)[1], **close)
-    assert math.isnan(second["gradient_norm"])  # a lambda has no parameters
+    for i, row in enumerate(rows):
+        assert set(row) == KEYS
+        assert all(type(v) is float for v in row.values())
+        assert math.isnan(row["gradient_norm"])  # a lambda has no parameters
+        assert row["batch_similarity"] == pytest.approx(by_hand(*2 * [features[i]])[1], **close)
+        if not i:
+            assert all(math.isnan(row[k]) for k in FIRST)
+            continue
+        moved, _ = by_hand(images[i], images[i - 1])
+        features_moved, similarity = by_hand(features[i], features[i - 1])
+        assert row["image_movement"] == pytest.approx(moved, **close)
+        assert row["feature_movement"] == pytest.approx(features_moved, **close)
+        assert row["snapshot_similarity"] == pytest.approx(similarity, **close)
 
 
 @given(seeds, st.integers(2, 6))
 def test_a_teacher_without_linear_layers_gives_its_output(seed, n):
-    a, b, images = snapshots(seed, n)
     teacher = nn.Conv2d(3, 2, 2)
-    probe = DiversityProbe(lambda z: next(images), latents(n=n), teacher)
-    first, second = probe(), probe()
+    images, rows = watched(seed, n, teacher)
     with torch.no_grad():
-        p, q = teacher(a).numpy(), teacher(b).numpy()
-    assert first["batch_similarity"] == pytest.approx(by_hand(p, p)[1], rel=1e-4, abs=1e-5)
-    assert second["feature_movement"] == pytest.approx(by_hand(q, p)[0], rel=1e-4)
+        a, b, _ = (teacher(x) for x in images)
+    assert rows[0]["batch_similarity"] == pytest.approx(by_hand(a, a)[1], rel=1e-4, abs=1e-5)
+    assert rows[1]["feature_movement"] == pytest.approx(by_hand(b, a)[0], rel=1e-4)
 
 
 @given(seeds, st.integers(2, 6))

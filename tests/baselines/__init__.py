@@ -1,4 +1,4 @@
-"""Tests of baselines. Here: tiny networks, a module bit by bit, and losses written out in floats."""
+"""Tests of baselines. Here: tiny networks, a module bit by bit, losses written out in floats."""
 
 import math
 from collections.abc import Sequence
@@ -51,7 +51,9 @@ def images(n: int = 8, size: int = 8, seed: int = 0, channels: int = 3) -> Tenso
 
 
 def raw(tensor: Tensor | None) -> bytes | None:
-    return None if tensor is None else tensor.detach().contiguous().numpy().tobytes()
+    if tensor is None:
+        return None
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def bits(*modules: nn.Module) -> list[Any]:
@@ -59,7 +61,9 @@ def bits(*modules: nn.Module) -> list[Any]:
     state: list[Any] = []
     for module in modules:
         for m in module.modules():
-            state.append((type(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks)))
+            state.append(
+                (type(m).__name__, m.training, len(m._forward_hooks), len(m._forward_pre_hooks))
+            )
         for name, p in module.named_parameters():
             state.append((name, raw(p), p.requires_grad, raw(p.grad)))
         state += [(name, raw(b)) for name, b in module.named_buffers()]
@@ -74,7 +78,7 @@ def weights(*modules: nn.Module) -> list[bytes | None]:
 def same_state(a: Any, b: Any) -> bool:
     """Equality of nested containers, tensors bit by bit."""
     if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.dtype == b.dtype and raw(a) == raw(b)
+        return isinstance(b, Tensor) and (a.dtype, a.shape, raw(a)) == (b.dtype, b.shape, raw(b))
     if isinstance(a, dict):
         return list(a) == list(b) and all(same_state(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):

@@ -1,5 +1,8 @@
 """GDFQ, Qimera, AdaDFQ: losses against loops, generators, published settings."""
 
+import copy
+import functools
+import itertools
 import math
 from dataclasses import replace
 
@@ -172,6 +175,7 @@ def test_equal_networks_give_adadfq_finite_losses():
 # Qimera's superposed latents
 
 
+@functools.cache
 def make_qimera(p=0.4, k=3, classes=5, **settings):
     method = Qimera(width=4, latent_dim=6, probability=p, superposed=k, **settings)
     with torch.random.fork_rng():
@@ -230,7 +234,7 @@ def test_latents_as_written_out(seed, n, superposing):
 
 
 def test_without_superposition_only_the_first_class_counts():
-    generator = make_qimera(0).eval()
+    generator = copy.deepcopy(make_qimera(0)).eval()
     (classes, noise, w), _ = generator.sample(4, rng(0))
     other = torch.cat([classes[:, :1], (classes[:, 1:] + 1) % 5], 1)
     assert torch.equal(generator(classes, noise, w), generator(other, noise, w))
@@ -266,7 +270,7 @@ def test_published_starts(classes, size, from_classifier, k):
 def test_no_classifier_to_start_from():
     convolutional = nn.Sequential(nn.Conv2d(3, 20, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     for teacher in (convolutional, Tiny(classes=7)):
-        with pytest.raises(UnsupportedLayerError, match="20 outputs.*from_classifier=False"):
+        with pytest.raises(UnsupportedLayerError, match=r"20 outputs.*from_classifier=False"):
             Qimera(from_classifier=True).make_generator(teacher, 20, (3, 8, 8))
 
 
@@ -403,7 +407,7 @@ def test_schedules(module, recipe, steps):
         plan = replace(plan, schedule=schedule)
         factors = [plan.factor(step) for step in range(0, steps, 1 + steps // 50)]
         assert factors[0] == 1
-        assert all(0 <= b <= a for a, b in zip(factors, factors[1:], strict=False))
+        assert all(0 <= b <= a for a, b in itertools.pairwise(factors))
     assert factors[-1] == 1
 
 

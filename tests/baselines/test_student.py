@@ -210,7 +210,7 @@ def test_layers_receive_what_the_policy_says(named):
 
 
 def test_edge_bits(named):
-    name, net = named
+    _, net = named
     student, policy = build_student(net, QuantizationConfig(weight_bits=2, act_bits=2, edge_bits=8))
     names = [f"{n}.weight" for n, m in net.named_modules() if isinstance(m, WEIGHTED)]
     for tensor, (width, _) in rows(policy, "weight").items():

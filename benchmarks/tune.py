@@ -1,0 +1,109 @@
+"""One setting, some seeds, on the tuning half of the evaluation images: for the search's record.
+
+    python benchmarks/tune.py NAME --model resnet20 --weights W --data D \\
+        --set recipe.steps=1200 method.bns_weight=50 agm.ratio=0.5
+
+The tuning half is the first half of each class in file order (digits: every other image); the
+other half is left for the proof. Appends one JSON line to --out.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import trange
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from agm import AGM, AgmError
+from baselines import METHODS
+from baselines.student import QuantizationConfig
+from baselines.trainer import Trainer
+from benchmarks import compare, teachers
+from benchmarks.errors import UsageError
+from benchmarks.task import load_task
+
+
+def halves(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the tuning half and of the proof half: of each class, in order."""
+    tune, prove = [], []
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        tune.append(members[: len(members) // 2])
+        prove.append(members[len(members) // 2 :])
+    return torch.cat(tune), torch.cat(prove)
+
+
+def settings(pairs: list[str]) -> dict[str, dict[str, Any]]:
+    """``agm.ratio=0.5`` and the like, by what they belong to."""
+    found: dict[str, dict[str, Any]] = {"recipe": {}, "method": {}, "agm": {}}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        owner, _, key = name.partition(".")
+        if owner not in found or not key or not value:
+            raise UsageError(f"--set takes recipe.X=V, method.X=V or agm.X=V, got {pair!r}")
+        try:
+            found[owner][key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[owner][key] = value
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """Exit status 0, or 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name")
+    parser.add_argument("--agm", action="store_true", help="with the add-on")
+    parser.add_argument("--set", nargs="*", default=[], dest="pairs", metavar="OWNER.KEY=VALUE")
+    parser.add_argument("--records", type=Path, default=Path("benchmarks/results/tuning.jsonl"))
+    own, rest = parser.parse_known_args(argv)
+    try:
+        args = compare.parse(rest)
+        task, changes = load_task(args), settings(own.pairs)
+        assert task.images is not None
+        assert task.labels is not None
+        tune, _ = halves(task.labels)
+        (weight_bits, act_bits), (method,) = args.widths[0], args.methods
+        losses, recipe = METHODS[method].quick(task.image_size)
+        if args.steps:
+            recipe = replace(recipe, steps=args.steps)
+        losses, recipe = replace(losses, **changes["method"]), replace(recipe, **changes["recipe"])
+        config = QuantizationConfig(
+            weight_bits, act_bits, ste=recipe.ste, range_estimator=recipe.range_estimator,
+            fold_batch_norm=recipe.fold_batch_norm,
+        )  # fmt: skip
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
+            trainer = Trainer(
+                task.teacher,
+                method=losses,
+                recipe=recipe,
+                config=config,
+                image_shape=(len(task.mean), task.image_size, task.image_size),
+                hooks=[AGM(seed=seed, **changes["agm"])] if own.agm else [],
+                seed=seed,
+                device=args.device,
+                precision=args.precision,
+            )
+            for _ in trange(recipe.steps, desc=f"{own.name} seed {seed}", mininterval=2):
+                trainer.step()
+            accuracy = teachers.accuracy(trainer.student, task.images[tune], task.labels[tune])
+            row = {"name": own.name, "seed": seed, "accuracy_tune": accuracy, "command": argv}
+            own.records.parent.mkdir(parents=True, exist_ok=True)
+            with own.records.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+    except (AgmError, TypeError) as error:
+        print(f"tune.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,379 @@
+"""Whole runs: history, evaluation, files, interruption."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from agm import AGM, AgmError
+from baselines import METHODS, RECIPES, Interrupted, load_quantized, quantize, save_quantized
+from baselines.errors import CheckpointError, ConfigError, UnsupportedLayerError
+from baselines.student import build_student
+from tests.baselines import Tiny, bits, images, raw, same_state, weights
+
+STEPS = 12
+TEACHER = Tiny()
+
+
+def small(monkeypatch):
+    """The methods' generators made narrow."""
+    for module, recipe in itertools.product(METHODS.values(), RECIPES):
+        made = getattr(module, recipe)
+
+        def narrow(size, made=made):
+            method, plan = made(size)
+            return replace(method, width=4, latent_dim=6), plan
+
+        monkeypatch.setattr(module, recipe, narrow)
+
+
+@pytest.fixture(autouse=True)
+def _narrow(monkeypatch):
+    small(monkeypatch)
+
+
+def run(teacher=TEACHER, **settings):
+    defaults = {
+        "image_size": 8, "steps": STEPS, "batch_size": 6, "precision": "fp32", "records": 4,
+    }  # fmt: skip
+    return quantize(teacher, **defaults | settings)
+
+
+def state_of(model):
+    return [(name, raw(value)) for name, value in model.state_dict().items()]
+
+
+class Accuracy:
+    """Says how often it was asked; remembers what it saw."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, model):
+        assert not any(m.training for m in model.modules())
+        self.seen.append(state_of(model))
+        return float(len(self.seen))
+
+
+def same_result(a, b):
+    return (
+        state_of(a.model) == state_of(b.model)
+        and same_state(a.history, b.history)
+        and torch.equal(a.images, b.images)
+        and a.accuracies == b.accuracies
+    )
+
+
+class StopAfter:
+    def __init__(self, steps):
+        self.steps, self.asked = steps, 0
+
+    def __call__(self):
+        self.asked += 1
+        return self.asked == self.steps
+
+
+def interrupted(path, after=5, **settings):
+    stop = StopAfter(after)
+    with pytest.raises(Interrupted, match=f"step {after} of {STEPS}"):
+        run(checkpoint_path=path, stop=stop, **settings)
+    assert stop.asked == after
+
+
+# The result
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("hooks", [False, True])
+def test_end_to_end(method, recipe, hooks):
+    before, seen, policies, evaluate = bits(TEACHER), [], [], Accuracy()
+    result = run(
+        method=method, recipe=recipe, hooks=[AGM()] if hooks else [], evaluate=evaluate,
+        on_step=lambda step, terms: seen.append((step, len(terms))), on_policy=policies.append,
+    )  # fmt: skip
+    assert bits(TEACHER) == before
+    assert [step for step, _ in seen] == list(range(STEPS))
+    assert [str(p) for p in policies] == [str(result.policy)]
+    steps = [row["step"] for row in result.history]
+    assert steps == sorted({3, 6, 9, 12, result.recipe.warmup_steps})
+    measured = [row["step"] for row in result.history if "accuracy" in row]
+    assert measured == [s for s in steps if s >= result.recipe.warmup_steps]
+    assert result.accuracies == [float(i + 1) for i in range(len(measured))]
+    assert result.history[-1]["accuracy"] == result.accuracies[-1]
+    assert evaluate.seen[-1] == state_of(result.model)
+    assert len({str(seen) for seen in evaluate.seen}) == len(measured)
+    for row in result.history[1:]:  # the first has nothing to be compared with
+        assert all(math.isfinite(v) for v in row.values()), row
+    assert {"batch_similarity", "snapshot_similarity", "gradient_norm"} <= set(result.history[-1])
+    assert result.images.shape == (64, 3, 8, 8)
+    assert result.seconds > 0
+    assert result.steps_per_s == pytest.approx(STEPS / result.seconds)
+    assert (result.recipe.steps, result.recipe.batch_size, result.precision) == (STEPS, 6, "fp32")
+    assert not any(p.requires_grad for p in result.model.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_first_accuracy_is_straight_after_quantization(method):
+    first = []
+
+    def evaluate(model):
+        first.append(weights(model))
+        return 0.0
+
+    result = run(method=method, evaluate=evaluate)
+    assert first[0] == weights(build_student(TEACHER, result.config)[0])
+    assert first[0] != weights(result.model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_seed_is_a_run(method):
+    before, first = torch.get_rng_state(), run(method=method, hooks=[AGM()])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert same_result(run(method=method, hooks=[AGM()]), first)
+    assert bits(run(method=method, hooks=[AGM()], seed=1).model) != bits(first.model)
+
+
+def draws_and_differentiates(model):
+    torch.rand(3)
+    model(images()).sum().backward()
+    return 0.5
+
+
+def leaves_train_mode(model):
+    model.train()
+    return 0.5
+
+
+@pytest.mark.parametrize("evaluate", [Accuracy(), draws_and_differentiates, leaves_train_mode])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_evaluation_never_changes_the_result(evaluate, recipe):
+    plain, result = run(recipe=recipe), run(recipe=recipe, evaluate=evaluate, records=12)
+    assert state_of(result.model) == state_of(plain.model)
+    assert torch.equal(result.images, plain.images)
+    assert not any(m.training for m in result.model.modules())
+
+
+def test_records_never_change_the_result():
+    plain = run()
+    for records in (1, 5, 12, 100):
+        result = run(records=records)
+        assert state_of(result.model) == state_of(plain.model)
+        assert len(result.history) == min(records, STEPS)
+        assert result.history[-1]["step"] == STEPS
+
+
+def test_the_shortest_runs():
+    for steps in (1, 2, 3):
+        evaluate = Accuracy()
+        result = run(steps=steps, evaluate=evaluate)
+        assert result.history[-1]["step"] == steps
+        assert "accuracy" in result.history[-1]
+
+
+def test_other_bits_and_schemes():
+    for bits_, scheme, edge in ((2, "symmetric", None), (4, "asymmetric", 8)):
+        result = run(weight_bits=bits_, act_bits=bits_, scheme=scheme, edge_bits=edge)
+        assert result.config.weight_bits == result.config.act_bits == bits_
+        widths = {row[2] for row in result.policy.rows}
+        assert widths == {str(bits_), "float"} | ({"8"} if edge else set())
+        for name, m in result.model.named_modules():
+            if isinstance(m, nn.Conv2d) and not (edge and name == "conv0"):
+                assert max(len(channel.unique()) for channel in m.weight) <= 2**bits_
+
+
+def test_one_channel():
+    teacher = Tiny(channels=1)
+    assert run(teacher).images.shape == (64, 1, 8, 8)
+
+
+# Files
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_saved_and_loaded_predicts_the_same(tmp_path, method, recipe):
+    result = run(method=method, recipe=recipe, weight_bits=4, edge_bits=8)
+    result.save(tmp_path / "net.pt")
+    architecture = Tiny(seed=9).train()
+    before, rng_state = bits(architecture), torch.get_rng_state()
+    model = load_quantized(tmp_path / "net.pt", architecture)
+    assert bits(architecture) == before
+    assert torch.equal(torch.get_rng_state(), rng_state)
+    assert same_state(dict(model.state_dict()), dict(result.model.state_dict()))
+    x = images(64)
+    assert torch.equal(model(x).argmax(1), result.model(x).argmax(1))
+    # Bit for bit in the memory format that the other one was trained in.
+    assert torch.equal(model.to(memory_format=torch.channels_last)(x), result.model(x))
+    assert not any(m.training for m in model.modules())
+    save_quantized(model, result.config, tmp_path / "again.pt")
+    again = load_quantized(tmp_path / "again.pt", architecture)
+    assert same_state(dict(again.state_dict()), dict(model.state_dict()))
+
+
+# Interruption
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("hooks", [list, lambda: [AGM()]], ids=["plain", "agm"])
+def test_resumed_is_uninterrupted(tmp_path, method, hooks):
+    whole = run(method=method, hooks=hooks(), evaluate=lambda m: 0.5)
+    for after in (1, 6, STEPS - 1):
+        path = tmp_path / f"{after}.pt"
+        interrupted(path, after, method=method, hooks=hooks(), evaluate=lambda m: 0.5)
+        torch.manual_seed(after)
+        steps = []
+        resumed = run(
+            method=method, hooks=hooks(), evaluate=lambda m: 0.5, checkpoint_path=path,
+            resume=True, on_step=lambda step, _, steps=steps: steps.append(step),
+        )  # fmt: skip
+        assert steps == list(range(after, STEPS))
+        assert same_result(resumed, whole)
+        assert resumed.seconds > 0
+
+
+def test_interrupted_again_and_again(tmp_path):
+    whole, path = run(hooks=[AGM()]), tmp_path / "run.pt"
+    for _ in range(4):
+        with pytest.raises(Interrupted):
+            run(hooks=[AGM()], checkpoint_path=path, resume=True, stop=StopAfter(2))
+    assert same_result(run(hooks=[AGM()], checkpoint_path=path, resume=True), whole)
+
+
+def test_checkpoints_come_as_often_as_asked(tmp_path):
+    path, times = tmp_path / "run.pt", []
+
+    def on_step(step, _):
+        times.append((step, path.stat().st_ino if path.exists() else None))
+
+    result = run(checkpoint_path=path, checkpoint_every=5, on_step=on_step)
+    files = [file for _, file in times]
+    assert files[:5] == [None] * 5  # step 5 has been taken, and is saved next
+    assert None not in files[5:]
+    assert files[9] == files[5] != files[10]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.pt", "run.pt.previous"]
+    steps = []
+    again = run(checkpoint_path=path, resume=True, on_step=lambda step, _: steps.append(step))
+    assert steps == [10, 11]
+    assert same_result(again, result)
+
+
+def test_a_damaged_checkpoint_falls_back(tmp_path):
+    path, whole = tmp_path / "run.pt", run()
+    run(checkpoint_path=path, checkpoint_every=4)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="damaged.*previous"):
+        assert same_result(run(checkpoint_path=path, resume=True), whole)
+
+
+def test_without_resume_a_checkpoint_is_not_read(tmp_path):
+    path = tmp_path / "run.pt"
+    interrupted(path)
+    steps = []
+    run(checkpoint_path=path, on_step=lambda step, _: steps.append(step))
+    assert steps == list(range(STEPS))
+
+
+def test_nothing_to_resume(tmp_path):
+    whole = run()
+    assert same_result(run(checkpoint_path=tmp_path / "none.pt", resume=True), whole)
+    assert same_result(run(resume=True), whole)
+
+
+def test_a_stop_without_a_checkpoint():
+    with pytest.raises(Interrupted):
+        run(stop=StopAfter(3))
+
+
+OTHER_RUNS = {
+    "method": {"method": "adadfq"},
+    "same generator": {"method": "qimera"},
+    "recipe": {"recipe": "paper"},
+    "weight_bits": {"weight_bits": 4},
+    "act_bits": {"act_bits": 4},
+    "scheme": {"scheme": "symmetric"},
+    "edge_bits": {"edge_bits": 8},
+    "seed": {"seed": 1},
+    "steps": {"steps": STEPS + 1},
+    "batch_size": {"batch_size": 7},
+    "precision": {"precision": "bf16"},
+    "image_size": {"image_size": 12},
+    "teacher's weights": {"teacher": Tiny(seed=1)},
+    "teacher's classes": {"teacher": Tiny(classes=5)},
+    "teacher's width": {"teacher": Tiny(width=5)},
+    "hooks": {"hooks": [AGM()]},
+}
+
+
+@pytest.mark.parametrize("changes", OTHER_RUNS.values(), ids=OTHER_RUNS)
+def test_another_runs_checkpoint_is_refused(tmp_path, changes):
+    path, steps = tmp_path / "run.pt", []
+    interrupted(path)
+    with pytest.raises(CheckpointError) as caught:
+        run(**changes, checkpoint_path=path, resume=True, on_step=lambda s, _: steps.append(s))
+    assert isinstance(caught.value, AgmError)
+    assert steps == []
+
+
+def test_a_hook_of_another_class_is_refused(tmp_path):
+    class Other(AGM):
+        def state_dict(self):
+            return {"mine": 1}
+
+    interrupted(tmp_path / "run.pt", hooks=[Other()])
+    with pytest.raises(CheckpointError):
+        run(hooks=[AGM()], checkpoint_path=tmp_path / "run.pt", resume=True)
+
+
+def test_a_quantized_network_is_no_checkpoint(tmp_path):
+    run().save(tmp_path / "net.pt")
+    with pytest.raises(CheckpointError):
+        run(checkpoint_path=tmp_path / "net.pt", resume=True)
+
+
+def test_a_checkpoint_is_no_quantized_network(tmp_path):
+    interrupted(tmp_path / "run.pt")
+    with pytest.raises(CheckpointError, match="not a quantized network"):
+        load_quantized(tmp_path / "run.pt", Tiny())
+
+
+# Bad settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "received"),
+    [
+        ({"method": "zeroq"}, "method 'zeroq'.*gdfq, qimera, adadfq"),
+        ({"method": None}, "method None"),
+        ({"recipe": "slow"}, "recipe 'slow'.*quick, paper"),
+        ({"weight_bits": 1}, "weight_bits.*got 1"),
+        ({"act_bits": 9}, "act_bits.*got 9"),
+        ({"edge_bits": 3.5}, "edge_bits.*got 3.5"),
+        ({"scheme": "affine"}, "scheme 'affine'"),
+        ({"steps": 0}, "steps.*got 0"),
+        ({"batch_size": 0}, "batch_size.*got 0"),
+        ({"image_size": 10}, "image_size.*got 10"),
+        ({"precision": "int8"}, "precision 'int8'"),
+    ],
+)
+def test_bad_settings(settings, received):
+    steps = []
+    with pytest.raises(ConfigError, match=received) as caught:
+        run(**settings, on_step=lambda step, _: steps.append(step))
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, AgmError)
+    assert steps == []
+
+
+def test_bad_teachers():
+    plain = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 4))
+    foreign = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.SiLU(), nn.Flatten())
+    for teacher, word in (
+        (plain, "BatchNorm"),
+        (foreign + nn.Sequential(nn.Linear(72, 4)), "SiLU"),
+    ):
+        with pytest.raises(UnsupportedLayerError, match=word):
+            run(teacher)

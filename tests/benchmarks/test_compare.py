@@ -1,0 +1,662 @@
+"""compare.py as a user meets it: its output, its files, its exit status and its complaints."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from baselines import METHODS, load_quantized
+from baselines import checkpoint as checkpoints
+from baselines.errors import NonFiniteLossError
+from benchmarks import compare, datasets, teachers
+from benchmarks.errors import TeacherError
+from benchmarks.networks import resnet20
+from benchmarks.process import locked
+from tests.baselines import same_state
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compare.py"
+SHARED = Path(__file__).parents[3] / "shared"
+SHORT = ("--steps", "8", "--batch-size", "16")
+BRIEF = ("--steps", "2", "--batch-size", "4", "--seeds", "1")
+REQUIRED = {
+    "method", "hooks", "weight_bits", "act_bits", "seed", "accuracy_fp", "accuracy_ptq",
+    "accuracy_last", "seconds", "steps_per_s", "checkpoint",
+}  # fmt: skip
+
+# A user's module of networks.
+NETS = """
+import torch
+from torch import nn
+
+def cnn(act=nn.ReLU, norm=nn.BatchNorm2d, num_classes=10):
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), norm(8), act(), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(8, num_classes))
+
+def silu():
+    return cnn(nn.SiLU)
+
+def bare():
+    return cnn(norm=nn.Identity)
+
+def mlp():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 8), nn.BatchNorm1d(8), nn.ReLU(),
+                         nn.Linear(8, 10))
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = cnn()
+
+    def forward(self, x):
+        return self.net(x), x
+
+class Branching(Pair):
+    def forward(self, x):
+        return self.net(x if x.sum() > 0 else -x)
+
+def broken():
+    raise RuntimeError("first line\\nsecond line")
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Where the digits teacher lies, trained once."""
+    folder = tmp_path_factory.mktemp("teacher") / ".agm-cache"
+    teachers.digits_teacher(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def home(cache, tmp_path, monkeypatch):
+    """An empty current directory but for the teacher and nets.py."""
+    enter(tmp_path, cache, monkeypatch)
+    (tmp_path / "nets.py").write_text(NETS)
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+    return tmp_path
+
+
+def enter(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(cache, folder / cache.name)
+    monkeypatch.chdir(folder)
+
+
+def call(*argv: object, together: bool = False) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr, or both in the first in the order they were written."""
+    out = io.StringIO()
+    err = out if together else io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = compare.main([str(a) for a in argv])
+        except SystemExit as exit:
+            status = exit.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def ok(*argv: object) -> str:
+    """stdout of a run that must succeed."""
+    status, out, err = call(*argv)
+    assert status == 0, err
+    return out
+
+
+def load(out: Path | str) -> dict:
+    return json.loads(Path(out, "report.json").read_text())
+
+
+def untimed(cells: Sequence[dict]) -> list[dict]:
+    return [{k: v for k, v in c.items() if k not in ("seconds", "steps_per_s")} for c in cells]
+
+
+def same_networks(a: Path, b: Path, names: Sequence[str]) -> bool:
+    return all(
+        same_state(*(checkpoints.load(folder / name) for folder in (a, b))) for name in names
+    )
+
+
+def files(folder: Path, pattern: str = "*") -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.glob(pattern) if p.is_file()}
+
+
+def spy(monkeypatch, before=lambda method, seed, arm: None) -> list[str]:
+    """The cells that are run from now on; ``before`` is called with each of them."""
+    started, real = [], compare.quantize
+
+    def quantize(teacher, **kwargs):
+        hooks = kwargs["hooks"]
+        parts = [p for p in ("loss", "interpolation") if hooks and getattr(hooks[0], p)]
+        arm = {0: "none", 1: "".join(parts), 2: "both"}[len(parts)]
+        started.append(f"{kwargs['method']}-{arm}-{kwargs['seed']}")
+        before(kwargs["method"], kwargs["seed"], arm)
+        return real(teacher, **kwargs)
+
+    monkeypatch.setattr(compare, "quantize", quantize)
+    return started
+
+
+def never(*_):
+    raise AssertionError("a finished cell was run again")
+
+
+@pytest.fixture(scope="module")
+def finished(cache, tmp_path_factory):
+    """A finished grid of two arms and two seeds: its folder, its command line, its output."""
+    folder = tmp_path_factory.mktemp("finished")
+    argv = ["--with-agm", "--seeds", "2", *SHORT, "--out", "run"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        enter(folder, cache, monkeypatch)
+        status, text, _ = call(*argv, together=True)
+    assert status == 0, text
+    return folder / "run", argv, text
+
+
+@pytest.fixture
+def copied(finished, home):
+    """A copy of the finished run in the current directory, and its command line."""
+    shutil.copytree(finished[0], home / "run")
+    return home / "run", finished[1]
+
+
+# What a run leaves
+
+
+def test_report(finished):
+    out, _, text = finished
+    got = load(out)
+    cells = got["cells"]
+    assert [(c["hooks"], c["seed"]) for c in cells] == [
+        ("none", 0), ("both", 0), ("none", 1), ("both", 1),
+    ]  # fmt: skip
+    for cell in cells:
+        assert cell.keys() >= REQUIRED
+        assert (cell["method"], cell["weight_bits"], cell["act_bits"]) == ("gdfq", 3, 3)
+        assert cell["accuracy_fp"] > 90
+        assert 0 <= cell["accuracy_ptq"] <= 100
+        assert cell["accuracy_last"] == cell["history"][-1]["accuracy"]
+        assert cell["history"][-1]["step"] == 8
+        assert cell["seconds"] > 0
+        assert cell["steps_per_s"] == pytest.approx(8 / cell["seconds"])
+        assert "conv1.weight" in cell["policy"]
+    assert got["versions"].keys() >= {"python", "torch", "torchvision", "numpy", "commit"}
+    assert got["versions"]["torch"] == torch.__version__
+    assert got["settings"]["teacher_hash"] == teachers.teacher_hash(teachers.digits_teacher())
+    assert got["evaluation_images"] == 899
+    assert got["table"] in text
+
+
+def test_there_is_a_picture(finished):
+    with Image.open(finished[0] / "report.png") as image:
+        assert image.format == "PNG"
+        image.load()
+
+
+def test_each_cell_leaves_a_network_that_is_as_good_as_reported(finished):
+    out, *_ = finished
+    _, _, images, labels = datasets.digits()
+    cells = load(out)["cells"]
+    assert len({c["checkpoint"] for c in cells}) == len(cells) == len(files(out, "*.ckpt"))
+    for cell in cells:
+        model = load_quantized(out / cell["checkpoint"], teachers.digits_cnn())
+        got = teachers.accuracy(model, images, labels)
+        assert got == pytest.approx(cell["accuracy_last"], abs=0.25)  # two images
+    assert not [n for n in files(out) if n.endswith((".run", ".previous", ".tmp"))]
+
+
+def test_what_is_printed(finished):
+    _, argv, text = finished
+    assert re.search(r"full precision 9\d\.\d\d %", text)
+    policy = text.index("Bit policy W3A3")
+    assert text.count("Bit policy") == 1
+    assert "layer3.0.conv2.weight" in text[policy : text.index("Wrote")]
+    assert policy < text.index(" 8/8 ")  # before the training
+    assert text.rindex(" 8/8 ") < text.index("last step %")  # which the table follows
+    assert "report.json" in text[text.index("last step %") :]
+    assert shlex.join(["benchmarks/compare.py", *argv]) in text.splitlines()[-1]
+
+
+def test_the_printed_command_reproduces_the_run(finished, home):
+    python, script, *argv = shlex.split(load(finished[0])["command"])
+    assert (python, script) == ("python", "benchmarks/compare.py")
+    ok(*argv)
+    assert untimed(load("run")["cells"]) == untimed(load(finished[0])["cells"])
+    assert same_networks(home / "run", finished[0], files(finished[0], "*.ckpt"))
+
+
+def test_the_default_folder_is_new_and_in_the_command(home):
+    ok(*BRIEF)
+    (out,) = (home / "runs").iterdir()
+    assert out.name.startswith("digits-")
+    command = shlex.split(load(out)["command"])
+    assert command[command.index("--out") + 1] == str(out.relative_to(home))
+
+
+# The grid
+
+
+def cells_of(out: str | Path, *keys: str) -> list[tuple]:
+    return [tuple(c[k] for k in keys) for c in load(out)["cells"]]
+
+
+def test_the_baseline_alone_and_one_seed(monkeypatch):
+    text = ok(*BRIEF, "--first-seed", 7, "--out", "run")
+    assert cells_of("run", "method", "hooks", "seed") == [("gdfq", "none", 7)]
+    (row,) = (line for line in text.splitlines() if " baseline " in line)
+    assert row.count("± n/a") == 6
+    # One command for going on, and for looking at the result again.
+    spy(monkeypatch, never)
+    assert row in ok(*BRIEF, "--first-seed", 7, "--out", "run", "--resume")
+
+
+def test_all_methods_at_two_widths():
+    text = ok(*BRIEF, "--baseline", "all", "--bits", 2, 3, "--out", "run")
+    got = cells_of("run", "method", "weight_bits", "act_bits")
+    assert sorted(got) == sorted((m, b, b) for m in ("gdfq", "qimera", "adadfq") for b in (2, 3))
+    assert "Bit policy W2A2" in text
+    assert "Bit policy W3A3" in text
+    assert len(re.findall(r"^(?:gdfq|qimera|adadfq) +W[23]A[23] +baseline", text, re.M)) == 6
+
+
+def test_several_arms_and_bits_apart():
+    argv = ("--with-agm", "loss", "interpolation", "both", "--weight-bits", 2, "--act-bits", 4)
+    text = ok(*BRIEF, *argv, "--out", "run")
+    assert cells_of("run", "hooks", "weight_bits", "act_bits") == [
+        (arm, 2, 4) for arm in ("none", "loss", "interpolation", "both")
+    ]
+    for name in ("baseline", "+loss", "+interpolation", "+AGM"):
+        assert len(re.findall(rf"^gdfq +W2A4 +{re.escape(name)} ", text, re.M)) == 1
+
+
+@pytest.mark.parametrize("arm", ["loss", "interpolation"])
+def test_a_part_of_the_add_on(arm, monkeypatch):
+    started = spy(monkeypatch)
+    ok(*BRIEF, "--with-agm", arm, "--out", "run")
+    assert started == ["gdfq-none-0", f"gdfq-{arm}-0"]
+    assert cells_of("run", "hooks") == [("none",), (arm,)]
+
+
+def test_an_option_given_twice_counts_once(monkeypatch):
+    started = spy(monkeypatch)
+    argv = ("--baseline", "gdfq", "gdfq", "--with-agm", "loss", "loss", "--bits", 3, 3)
+    ok(*BRIEF, *argv, "--out", "run")
+    assert started == ["gdfq-none-0", "gdfq-loss-0"]
+    assert len(load("run")["cells"]) == 2
+
+
+def test_a_run_of_one_step_can_be_looked_at_again(monkeypatch):
+    argv = ("--steps", 1, "--batch-size", 4, "--seeds", 1, "--out", "run")
+    text = ok(*argv)
+    assert "nan" not in text.lower()
+    assert load("run")["table"] in ok(*argv, "--resume")
+
+
+# A user's own model and images
+
+
+@pytest.fixture
+def folder(home):
+    """An ImageFolder of 10 classes of 2 images."""
+    rng = np.random.default_rng(0)
+    for name in "abcdefghij":
+        (home / "images" / name).mkdir(parents=True)
+        for i in range(2):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(home / "images" / name / f"{i}.png")
+    return home / "images"
+
+
+@pytest.fixture
+def weights(home):
+    """Of a ResNet-20, as they are found in the wild."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        state = resnet20().state_dict()
+    path = home / "resnet20.th"
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, path)
+    return path
+
+
+def test_resnet20_with_weights_on_a_folder_of_images(weights, folder):
+    argv = ("--model", "resnet20", "--weights", weights, "--data", folder, "--bits", 3)
+    text = ok(*argv, *BRIEF, "--out", "run")
+    assert "on 20 evaluation images" in text
+    (cell,) = load("run")["cells"]
+    model = resnet20()
+    model.load_state_dict(
+        {k.removeprefix("module."): v for k, v in torch.load(weights)["state_dict"].items()}
+    )
+    assert load("run")["settings"]["teacher_hash"] == teachers.teacher_hash(model)
+    images, labels = datasets.image_folder(folder, image_size=32)
+    assert cell["accuracy_fp"] == teachers.accuracy(model.eval(), images, labels)
+    quantized = load_quantized(Path("run", cell["checkpoint"]), resnet20())
+    got = teachers.accuracy(quantized, images, labels)
+    assert got == pytest.approx(cell["accuracy_last"], abs=5)  # one image
+
+
+def test_a_factory_from_the_current_directory_at_the_default_widths(folder):
+    ok("--model", "nets:cnn", "--data", folder, *BRIEF, "--out", "run")
+    assert cells_of("run", "weight_bits", "act_bits") == [(3, 3), (4, 4)]
+    assert load("run")["evaluation_images"] == 20
+
+
+def test_torchvision_without_images_to_judge():
+    argv = ("--model", "torchvision:resnet18", "--num-classes", 10, "--image-size", 32)
+    text = ok(*argv, "--bits", 3, *BRIEF, "--with-agm", "--out", "run")
+    for line in text.splitlines():
+        if line.startswith("gdfq"):
+            assert line.split()[3:6] == ["n/a"] * 3
+    keys = ("accuracy_fp", "accuracy_ptq", "accuracy_last")
+    assert cells_of("run", *keys) == [(None,) * 3] * 2
+    assert len(files(Path("run"), "*.ckpt")) == 2
+
+
+def test_the_shared_network_and_images():
+    source, data = SHARED / "weights" / "cifar10_resnet20.th", SHARED / "data/cifar10/dev"
+    if not (source.exists() and data.exists()):
+        pytest.skip(f"{SHARED} is absent")
+    for name in sorted(os.listdir(data)):
+        few = sorted((data / name).iterdir())[:10]
+        Path("few", name).mkdir(parents=True)
+        for path in few:
+            Path("few", name, path.name).symlink_to(path)
+    ok("--model", "resnet20", "--weights", source, "--data", "few", "--bits", 8, *BRIEF,
+       "--out", "run")  # fmt: skip
+    (cell,) = load("run")["cells"]
+    assert cell["accuracy_fp"] > 80
+    assert cell["accuracy_ptq"] > 60  # 8 bits
+
+
+# A user's mistakes
+
+OWN = ("--model", "nets:cnn")
+MISTAKES = {
+    "no weights": (
+        ("--model", "resnet20", "--weights", "nowhere.th"), ("nowhere.th", "pass the path"),
+    ),
+    "no images": ((*OWN, "--data", "nowhere"), ("nowhere", "pass a directory")),
+    "wrong class count": (
+        (*OWN, "--data", "images", "--num-classes", 7), ("10 class folders", "expected 7", "pass"),
+    ),
+    "model of other classes": (
+        ("--model", "resnet20", "--weights", "resnet20.th", "--num-classes", 7),
+        ("10 classes", "model has 7"),
+    ),
+    "weights of another network": (
+        ("--model", "torchvision:resnet18", "--num-classes", 10, "--image-size", 32,
+         "--weights", "resnet20.th"),
+        ("resnet20.th", "missing keys", "Choose the model"),
+    ),
+    "unknown model": (("--model", "resnet21"), ("'resnet21'", "torchvision:NAME")),
+    "unknown torchvision": (("--model", "torchvision:resnet19"), ("'resnet19'", "resnet18")),
+    "no such module": (("--model", "nowhere_at_all:f"), ("nowhere_at_all", "current directory")),
+    "failing factory": (("--model", "nets:broken"), ("nets:broken", "first line")),
+    "1 bit": (("--bits", 1), ("bits", "2 to 8", "got 1")),
+    "0 bits": (("--bits", 0), ("bits", "2 to 8", "got 0")),
+    "0 weight bits": (("--weight-bits", 0, "--act-bits", 4), ("bits", "2 to 8", "got 0")),
+    "9 bits": (("--bits", 3, 9), ("bits", "2 to 8", "got 9")),
+    "bits twice": (("--bits", 3, "--act-bits", 4), ("--bits", "--act-bits", "not both")),
+    "resume what": (("--resume",), ("--resume needs --out",)),
+    "no steps": (("--steps", 0), ("steps", "got 0", ">= 1")),
+    "no batch": (("--batch-size", 0), ("batch_size", "got 0", ">= 1")),
+    "no seeds": (("--seeds", 0), ("--seeds", "at least 1")),
+    "bad device": (("--device", "toaster"), ("--device", "'toaster'")),
+    "no such GPU": (("--device", "cuda:99"), ("--device", "'cuda:99'")),
+    "a device without values": (("--device", "meta"), ("--device", "'meta'")),
+    "mean of wrong length": (
+        (*OWN, "--mean", 0.5), ("--mean and --std need 3 numbers", "got 1 and 3"),
+    ),
+    "std of wrong length": (("--std", 1, 1, 1), ("need 1 number", "got 1 and 3")),
+    "std of zero": ((*OWN, "--std", 1, 0, 1), ("std", "> 0")),
+    "image size": ((*OWN, "--image-size", 30), ("30", "multiple of 4")),
+    "image size of nothing": ((*OWN, "--image-size", -4), ("-4",)),
+    "no BatchNorm": (("--model", "nets:bare"), ("nets:bare", "BatchNorm", "choose")),
+    "no convolution": (("--model", "nets:mlp"), ("nets:mlp", "onv")),
+    "two outputs": (("--model", "nets:Pair"), ("tuple", "expected")),
+    "branching": (("--model", "nets:Branching"), ("Branching", "torch.fx", "rewrite")),
+    "SiLU": (("--model", "nets:silu"), ("SiLU", "ReLU", "replace it")),
+    "grey model on coloured images": (("--data", "images"), ("channel",)),
+}  # fmt: skip
+
+
+def complaint(*argv: object) -> str:
+    """The one line of a refusal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # which would be further lines
+        status, _, err = call(*argv)
+    assert status == 2
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("compare.py: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(name, weights, folder, home):
+    argv, parts = MISTAKES[name]
+    where = () if "--resume" in argv else ("--out", "run")
+    line = complaint(*BRIEF, *argv, *where)
+    for part in parts:
+        assert part in line
+    assert list(files(home / "run")) in ([], [".lock"])
+
+
+def test_a_file_that_is_no_image(folder, home):
+    (folder / "c" / "notes.txt").write_text("hello")
+    line = complaint(*BRIEF, *OWN, "--data", folder, "--out", "run")
+    assert "notes.txt" in line
+    assert "repair the file, or move it" in line
+    assert list(files(home / "run")) in ([], [".lock"])
+
+
+@pytest.mark.parametrize("out", ["nets.py", "nets.py/run", "/dev/null/run"])
+def test_an_output_folder_that_cannot_be(out):
+    line = complaint(*BRIEF, "--out", out)
+    assert out in line
+    assert "choose another --out" in line
+    assert Path("nets.py").read_text() == NETS
+
+
+def test_debug_shows_where_a_mistake_came_to_light():
+    with pytest.raises(TeacherError, match="unknown model"):
+        compare.main(["--model", "resnet21", "--debug"])
+
+
+def test_a_folder_in_use_is_refused(home):
+    with locked(home / "run"):
+        line = complaint(*BRIEF, "--out", "run")
+        assert "another run is working in run" in line
+        assert "choose another --out" in line
+
+
+# Going on
+
+
+def test_a_finished_run_is_not_overwritten(copied):
+    out, argv = copied
+    before = files(out)
+    line = complaint(*argv)
+    assert "run holds a run" in line
+    assert "add --resume" in line
+    assert files(out) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [("--steps", 9), ("--batch-size", 17), ("--precision", "fp32"), ("--image-size", 16)],
+    ids=" ".join(["steps", "batch", "precision", "size"]).split(),
+)
+def test_results_of_other_settings_are_not_mixed(copied, change):
+    out, argv = copied
+    before = files(out)
+    line = complaint(*argv, *change, "--resume")
+    assert "other settings" in line
+    assert "choose another --out" in line
+    assert files(out) == before
+
+
+def test_resuming_a_finished_run_does_nothing(copied, monkeypatch):
+    out, argv = copied
+    want = load(out)
+    spy(monkeypatch, never)
+    text = ok(*argv, "--resume")
+    got = load(out)
+    for report in (want, got):
+        report["versions"].pop("commit")  # of a working tree that may change meanwhile
+    assert got == want
+    assert want["table"] in text
+
+
+def test_more_seeds_keep_what_is_finished(copied, monkeypatch):
+    out, argv = copied
+    before = files(out, "gdfq-*")
+    started = spy(monkeypatch)
+    ok(*argv, "--seeds", 3, "--resume")  # the last of an option's values counts
+    assert started == ["gdfq-none-2", "gdfq-both-2"]
+    after = files(out, "gdfq-*")
+    assert {name: after[name] for name in before} == before
+    assert [c["seed"] for c in load(out)["cells"]] == [0, 0, 1, 1, 2, 2]
+    assert "n=3" in load(out)["table"]
+
+
+# Failures
+
+FAILURES = [
+    NonFiniteLossError("step 3, seed 0: loss of G is not finite\nand more"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda e: type(e).__name__)
+def test_a_failed_cell_does_not_lose_the_others(error, monkeypatch):
+    argv = (*BRIEF, "--with-agm", "--out", "run")
+
+    def fail(method, seed, arm):
+        if arm == "none":
+            raise error
+
+    with monkeypatch.context() as patch:
+        started = spy(patch, fail)
+        status, text, _ = call(*argv)
+    assert status == 1
+    assert started == ["gdfq-none-0", "gdfq-both-0"]
+    (line,) = (line for line in text.splitlines() if line.startswith("FAILED"))
+    assert line.startswith(f"FAILED gdfq-w3a3-none-seed0: {type(error).__name__}: ")
+    assert "memory" in line or "not finite" in line
+    bad, good = load("run")["cells"]
+    assert bad.keys() >= REQUIRED
+    assert bad["accuracy_last"] is None
+    assert bad["error"] in line
+    assert good["accuracy_last"] is not None
+    kept = files(Path("run"), "gdfq-w3a3-both*")
+    Image.open("run/report.png").verify()
+
+    started = spy(monkeypatch)
+    assert "FAILED" not in ok(*argv, "--resume")
+    assert started == ["gdfq-none-0"]
+    assert files(Path("run"), "gdfq-w3a3-both*") == kept
+    assert all(c["error"] is None for c in load("run")["cells"])
+
+
+def test_a_grid_that_fails_wholly_is_reported(monkeypatch):
+    def fail(*_):
+        raise NonFiniteLossError("step 3")
+
+    spy(monkeypatch, fail)
+    status, text, _ = call(*BRIEF, "--baseline", "all", "--out", "run")
+    assert status == 1
+    assert text.count("FAILED") >= len(METHODS)
+    Image.open("run/report.png").verify()
+    with pytest.raises(NonFiniteLossError):
+        compare.main([*BRIEF, "--out", "other", "--debug"])
+
+
+# Being stopped
+
+# Long enough to be caught in the act by a signal after the warm-up, which takes 90 of them.
+LONG = ("--steps", "300", "--batch-size", "8", "--seeds", "1", "--checkpoint-every", "5")
+LONG = (*LONG, "--with-agm", "--out", "run")
+AGM_CELL = "gdfq-w3a3-both-seed0"
+
+
+@pytest.fixture(scope="module")
+def unbroken(cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        enter(folder, cache, monkeypatch)
+        ok(*LONG)
+    return folder / "run"
+
+
+def progress(stderr: Path) -> int:
+    """The last step that the progress bar shows."""
+    shown = re.findall(r" (\d+)/300 \[", stderr.read_text(errors="replace"))
+    return int(shown[-1]) if shown else 0
+
+
+def stop(number: signal.Signals, home: Path) -> tuple[int, str, str]:
+    """Run LONG --resume as a user would, and send it a signal in the midst of the training."""
+    out, err = home / "stdout", home / "stderr"
+    with out.open("w") as stdout, err.open("w") as stderr:
+        child = subprocess.Popen(
+            [sys.executable, str(SCRIPT), *LONG, "--resume"],
+            stdout=stdout, stderr=stderr, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        try:
+            deadline = time.monotonic() + 600
+            while progress(err) < 100 and child.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert child.poll() is None, err.read_text()
+            child.send_signal(number)
+            status = child.wait(600)
+        finally:
+            child.kill()
+            child.wait()
+    return status, out.read_text(), err.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(number, unbroken, home):
+    out = home / "run"
+    out.mkdir()
+    for name, content in files(unbroken).items():  # the add-on's cell is still to be run
+        if not name.startswith((AGM_CELL, "report")):
+            (out / name).write_bytes(content)
+    status, text, err = stop(number, home)
+    assert not list(out.glob(f"{AGM_CELL}.json"))
+    if number == signal.SIGKILL:
+        assert status == -number
+        # What it might have been writing:
+        for name in (f"{AGM_CELL}.run.1234.tmp", f"{AGM_CELL}.ckpt.1234.tmp"):
+            (out / name).write_bytes(b"half a file")
+    else:
+        assert status == 128 + number
+        assert re.search(rf"{AGM_CELL}: stopped after step \d+ of 300", err)
+        assert "Traceback" not in err
+        assert "baseline" in text  # what is finished is reported
+        command = err.splitlines()[-1].partition("go on with: ")[2]
+        assert shlex.split(command)[1:] == ["benchmarks/compare.py", *LONG, "--resume"]
+    if number == signal.SIGTERM:  # and the newest checkpoint is damaged on top of it
+        newest = out / f"{AGM_CELL}.run"
+        newest.write_bytes(newest.read_bytes()[:-1] + b"?")
+        with pytest.warns(UserWarning, match="checksum"):
+            ok(*LONG, "--resume")
+    else:
+        ok(*LONG, "--resume")
+    assert untimed(load(out)["cells"]) == untimed(load(unbroken)["cells"])
+    assert same_networks(out, unbroken, files(unbroken, "*.ckpt"))
+    assert files(out).keys() == files(unbroken).keys()  # nothing temporary is left
