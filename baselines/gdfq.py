@@ -90,9 +90,9 @@ def paper(image_size: int) -> tuple[GDFQ, Recipe]:
 def quick(image_size: int) -> tuple[GDFQ, Recipe]:
     """What two CPU cores can wait for; every choice from ``benchmarks/results/ablation.md``."""
     recipe = Recipe(
-        steps=2_000,
+        steps=1_200,
         batch_size=64,
-        warmup=0.2,
+        warmup=0.25,
         observe=0.01,
         student_optimizer="adam",
         student_lr=3e-4,

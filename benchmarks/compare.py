@@ -62,7 +62,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help=f"{', '.join(METHODS)} or all (default: gdfq)")
     add("--with-agm", nargs="*", choices=report.ARMS[1:], metavar="PART",
         help="compare with the add-on: loss, interpolation, both (default), or several of them")
-    add("--bits", type=int, nargs="+", help="default: 3; for other models than digits 3 and 4")
+    add("--bits", type=int, nargs="+", help="default: 3 4 (digits 2 3)")
     add("--weight-bits", type=int, help="in place of --bits")
     add("--act-bits", type=int, help="in place of --bits")
     add("--seeds", type=int, default=3, help="how many runs of each (default: 3)")
@@ -91,7 +91,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UsageError("--resume needs --out, the folder to go on in")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    bits = args.bits or ([3] if args.model == "digits" else [3, 4])
+    bits = args.bits or ([2, 3] if args.model == "digits" else [3, 4])
     if args.weight_bits or args.act_bits:
         if args.bits:
             raise UsageError("give --bits, or --weight-bits and --act-bits, not both")
