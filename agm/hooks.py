@@ -90,7 +90,7 @@ class AGM:
         loss, interpolation: switch either part off (default: both on).
         discrepancy: a name of ``agm.functional.DISCREPANCIES`` or a callable
             (teacher_logits, student_logits) -> (N,).
-        ratio: of the gradients' norms, > 0 (default 0.5).
+        ratio: of the gradients' norms, > 0 (default 0.1, see ``benchmarks/results/ablation.md``).
         decay: of the running averages, in [0, 1) (default 0.95).
         interval: calls between two measurements of the weight, >= 1 (default 10).
         seed: of the interpolation's own random generator.
@@ -105,7 +105,7 @@ class AGM:
         loss: bool = True,
         interpolation: bool = True,
         discrepancy: str | Discrepancy = "total_variation",
-        ratio: float = 0.5,
+        ratio: float = 0.1,
         decay: float = 0.95,
         interval: int = 10,
         seed: int = 0,

@@ -4,10 +4,10 @@ A file is MAGIC, the SHA-256 of the rest, and the rest: a ``torch.save`` archive
 ``weights_only=True`` and nothing else.
 """
 
+import contextlib
 import hashlib
 import io
 import os
-import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,8 @@ def save(path: str | Path, state: dict[str, Any], *, keep_previous: bool = False
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise CheckpointError(
             f"could not write {path}: {error.strerror or error}; the file that was there is "
             "intact. Free some space or choose another folder"
@@ -78,8 +79,10 @@ def load(path: str | Path) -> dict[str, Any]:
         )
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # whatever rubbish may cause
         raise CheckpointError(f"{path} holds more than plain tensors and is refused") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a dict")
     return state
 
 
@@ -144,6 +147,15 @@ def load_matching(model: nn.Module, state: dict[str, Any], source: str) -> None:
             f"other shapes {sorted(reshaped)[:3]}; give the architecture that it was made from"
         )
     model.load_state_dict(state)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """16 hex digits of a SHA-256 over the names, dtypes, shapes and bytes of the state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _sync_folder(folder: Path) -> None:

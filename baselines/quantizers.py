@@ -56,7 +56,7 @@ class _FakeQuantize(torch.autograd.Function):
     ) -> Tensor:
         if clipped:
             ctx.save_for_backward(x, (lower - 0.5) * scale, (upper + 0.5) * scale)
-        return x.div(scale).round_().clamp_(lower, upper).mul_(scale)
+        return x.div(scale).round_().clamp_(lower, upper).mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

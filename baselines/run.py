@@ -128,7 +128,16 @@ def quantize(
     )
     on_policy(trainer.policy)
     run = _Run(trainer, evaluate, records)
-    identity = {"method": method, "plan": vars(plan), "config": vars(config), "seed": seed}
+    identity = {
+        "method": method,
+        "plan": vars(plan),
+        "config": vars(config),
+        "seed": seed,
+        "image_size": image_size,
+        "precision": trainer.precision,
+        "teacher": checkpoint.fingerprint(teacher),
+        "hooks": [type(hook).__name__ for hook in hooks],
+    }
     if resume and checkpoint_path is not None:
         state = checkpoint.load_newest(checkpoint_path)
         if state is not None:
@@ -185,6 +194,7 @@ class _Run:
             if not self.history or self.history[-1]["step"] != step:
                 self.history.append({"step": step})
             self.history[-1]["accuracy"] = self.evaluate(self.trainer.student)
+            self.trainer.student.eval()
         return terms
 
     def state_dict(self, identity: dict[str, Any]) -> dict[str, Any]:
@@ -197,9 +207,9 @@ class _Run:
         }
 
     def load_state_dict(self, state: dict[str, Any], identity: dict[str, Any]) -> None:
-        if state["identity"] != identity:
-            theirs, ours = state["identity"], identity
-            differing = [k for k in ours if theirs.get(k) != ours[k]]
+        theirs = state.get("identity", {})
+        differing = [k for k in identity if theirs.get(k) != identity[k]]
+        if differing:
             raise CheckpointError(
                 f"the checkpoint is of another run: {', '.join(differing)} differ; repeat the "
                 "command that it was made with, or start anew in another folder"

@@ -220,6 +220,7 @@ def _quantize_activations(
     student: fx.GraphModule, config: QuantizationConfig, policy: BitPolicy
 ) -> None:
     relus = [node for node in student.graph.nodes if _is_relu(student, node)]
+    _refuse_hidden_writes(student, relus)
     last = [n for n in student.graph.nodes if isinstance(_module(student, n), WEIGHTED)][-1]
     before_last = _source(student, last.args[0], through_averages=True)
     for node in relus:
@@ -237,6 +238,24 @@ def _quantize_activations(
         )
         how = f"per tensor, unsigned, {config.range_estimator} range, {config.ste} gradient"
         policy.add(node.name, "activation", str(bits), how)
+
+
+def _refuse_hidden_writes(student: fx.GraphModule, relus: list[fx.Node]) -> None:
+    """An in-place ReLU changes its input too, and no quantizer would see who reads that."""
+    position = {node: i for i, node in enumerate(student.graph.nodes)}
+    for node in relus:
+        in_place = (
+            getattr(_module(student, node), "inplace", False)
+            or node.kwargs.get("inplace", False)
+            or node.target in (F.relu_, torch.relu_, "relu_")
+        )
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if in_place and any(position[user] > position[node] for user in source.users):
+            raise UnsupportedLayerError(
+                f"the input of the in-place ReLU {node.name!r} is used again after it; use its "
+                "result instead, or a ReLU that is not in place"
+            )
 
 
 def _source(student: fx.GraphModule, value: Any, *, through_averages: bool = False) -> Any:

@@ -115,23 +115,34 @@ class Trainer:
         """One turn of the loop; returns its loss terms, detached, keys ``G/...`` and ``Q/...``.
 
         Raises:
-            NonFiniteLossError: naming the term; the weights are those before the update.
+            NonFiniteLossError: naming the term; all weights are those before the step.
         """
         factor = self.recipe.factor(self.step_count)
         self.generator_optimizer.param_groups[0]["lr"] = self.recipe.generator_lr * factor
         self.student_optimizer.param_groups[0]["lr"] = self.recipe.student_lr * factor
-        images, teacher_logits, labels, terms = self._generator_step()
+        latents, labels = self.generator.sample(self.recipe.batch_size, self.rng)
+        images = self._run(self.generator, *latents)
+        teacher_logits, generator_terms = self._generator_terms(images, labels)
+        differentiate(self.generator_optimizer, generator_terms)
+        images, teacher_logits = images.detach(), teacher_logits.detach()
+        student_terms = {}
         if not self.warming_up:
-            terms |= self._student_step(images, teacher_logits, labels)
+            student_terms = self._student_terms(images, teacher_logits, labels)
+        named = {f"G/{name}": term for name, term in generator_terms.items()}
+        named |= {f"Q/{name}": term for name, term in student_terms.items()}
+        self._refuse_non_finite(named)
+        self.generator_optimizer.step()
+        if student_terms:
+            differentiate(self.student_optimizer, student_terms)
+            self.student_optimizer.step()
         elif self.step_count >= self.recipe.warmup_steps - self.recipe.observe_steps:
             with observing(self.student), torch.no_grad():
                 self._run(self.student, images)
         self.step_count += 1
-        return terms
+        return {name: term.detach() for name, term in named.items()}
 
-    def _generator_step(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        latents, labels = self.generator.sample(self.recipe.batch_size, self.rng)
-        images = self._run(self.generator, *latents)
+    def _generator_terms(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The teacher's logits, and the generator's loss."""
         with batch_norm_statistics(self.teacher) as statistics:
             teacher_logits = self._run(self.teacher, images).float()
         with frozen_parameters(self.student):
@@ -143,48 +154,40 @@ class Trainer:
                 bns=statistics.loss(),
                 student=student,
             )
-            for hook in () if self.warming_up else self.hooks:
+            for i, hook in enumerate(() if self.warming_up else self.hooks):
                 name = type(hook).__name__
-                terms[name] = hook.generator_loss(
+                terms[f"{name}{i}" if name in terms else name] = hook.generator_loss(
                     images=images,
                     teacher_logits=teacher_logits,
                     student=student,
                     other_terms=total(terms),
                 )
-        self._learn(self.generator_optimizer, terms, "G")
-        named = {f"G/{name}": term.detach() for name, term in terms.items()}
-        return images.detach(), teacher_logits.detach(), labels, named
+        return teacher_logits, terms
 
-    def _student_step(
+    def _student_terms(
         self, images: Tensor, teacher_logits: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
-        batch = images
+        """The student's loss, on what the hooks make of the images."""
+        batch, version = images, images._version
         for hook in self.hooks:
             batch, labels = hook.student_batch(images=batch, labels=labels)
-        if batch is not images:
+        if batch is not images or images._version != version:
             with torch.no_grad():
                 teacher_logits = self._run(self.teacher, batch).float()
         student_logits = self._run(self.student, batch).float()
-        terms = self.method.student_terms(
+        return self.method.student_terms(
             student_logits=student_logits, teacher_logits=teacher_logits, labels=labels
         )
-        self._learn(self.student_optimizer, terms, "Q")
-        return {f"Q/{name}": term.detach() for name, term in terms.items()}
 
-    def _learn(
-        self, optimizer: torch.optim.Optimizer, terms: dict[str, Tensor], network: str
-    ) -> None:
+    def _refuse_non_finite(self, terms: dict[str, Tensor]) -> None:
         values = torch.stack([term.detach().float() for term in terms.values()])
         if not values.isfinite().all():
-            bad = {n: v for n, v in zip(terms, values.tolist(), strict=True)}
+            shown = dict(zip(terms, values.tolist(), strict=True))
             raise NonFiniteLossError(
-                f"step {self.step_count}, seed {self.seed}: loss of {network} is not finite: "
-                f"{bad}; the weights are those before this step. Lower the learning rate, or "
-                "check that the teacher gives finite logits"
+                f"step {self.step_count}, seed {self.seed}: a loss is not finite: {shown}; the "
+                "weights are those before this step. Lower the learning rate, or check that the "
+                "teacher gives finite logits"
             )
-        optimizer.zero_grad(set_to_none=True)
-        total(terms).backward()
-        optimizer.step()
 
     def _run(self, network: nn.Module, *inputs: Tensor) -> Tensor:
         with torch.autocast(
@@ -236,6 +239,12 @@ def total(terms: dict[str, Tensor]) -> Tensor:
     for value in rest:
         first = first + value
     return first
+
+
+def differentiate(optimizer: torch.optim.Optimizer, terms: dict[str, Tensor]) -> None:
+    """The gradient of the sum of the terms, in place of an older one."""
+    optimizer.zero_grad(set_to_none=True)
+    total(terms).backward()
 
 
 def remembered(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -28,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agm import AGM, AgmError
 from baselines import METHODS, RECIPES, BaselineError, Interrupted, Result, quantize
+from baselines.checkpoint import fingerprint
 from baselines.errors import ConfigError, UnsupportedLayerError
 from baselines.student import BitPolicy
-from benchmarks import report, teachers
+from benchmarks import report
 from benchmarks.errors import UsageError
 from benchmarks.process import Stop, locked
 from benchmarks.report import Cell
@@ -176,7 +177,7 @@ class Comparison:
         """What a finished run depends on."""
         return {
             "model": self.args.model,
-            "teacher_hash": teachers.teacher_hash(self.task.teacher),
+            "teacher_hash": fingerprint(self.task.teacher),
             "data_hash": self.task.data_hash(),
             "recipe": self.args.recipe,
             "steps": self.args.steps,

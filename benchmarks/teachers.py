@@ -164,15 +164,6 @@ def build(
     return network.eval()
 
 
-def teacher_hash(model: nn.Module) -> str:
-    """16 hex digits of a SHA-256 over the names, dtypes, shapes and bytes of the state dict."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def accuracy(
     model: nn.Module,
     images: Tensor,

@@ -87,14 +87,14 @@ def test_gradient():
 
 
 def test_bfloat16_statistics_are_summed_in_float32():
-    x = 100 + images(64, 8).bfloat16()
+    x = (3.3 + images(64, 8)).bfloat16()
     norm = nn.BatchNorm2d(3).eval()
     with batch_norm_statistics(norm) as statistics:
         norm(x)
     assert statistics.loss().dtype == torch.float32
     wide = x.double().transpose(0, 1).flatten(1)
     want = (wide.mean(1) ** 2).mean() + ((wide.var(1, correction=0) - 1) ** 2).mean()
-    assert statistics.loss().item() == pytest.approx(want.item(), rel=1e-5)
+    assert statistics.loss().item() == pytest.approx(want.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("fails", [False, True])

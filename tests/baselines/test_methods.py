@@ -315,6 +315,44 @@ def test_each_image_has_its_own_label(name, size):
     assert same == [True, False, True]
 
 
+def batch_norm(x, eps, gain=1.0, shift=0.0):
+    mean, var = x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)
+    over_channels = (1, -1, 1, 1)
+    gain, shift = np.reshape(gain, over_channels), np.reshape(shift, over_channels)
+    return (x - mean) / np.sqrt(var + eps) * gain + shift
+
+
+def convolve(x, weight, bias):
+    """3 x 3, zero padding, pixel by pixel."""
+    n, _, height, width = x.shape
+    x = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    out = np.zeros((n, len(weight), height, width))
+    for i, j in np.ndindex(height, width):
+        window = x[:, :, i : i + 3, j : j + 3].reshape(n, -1)
+        out[:, :, i, j] = window @ weight.reshape(len(weight), -1).T + bias
+    return out
+
+
+@pytest.mark.parametrize("name", ["gdfq", "adadfq"])
+def test_the_generator_as_written_out(name):
+    generator = make(name).double().train()
+    with torch.no_grad():
+        for p in generator.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=rng(1)))
+    (z, y), _ = generator.sample(5, rng(0))
+    got = generator(z.double(), y).detach().numpy()
+    p = [p.detach().numpy() for p in generator.parameters()]
+    table, linear, bias, *p = p
+    x = ((z.numpy() * table[y.numpy()]) @ linear.T + bias).reshape(5, 8, 2, 2)
+    x = batch_norm(x, 1e-5, *p[:2])
+    for weight, bias, gain, shift in (p[2:6], p[6:10]):
+        x = convolve(x.repeat(2, 2).repeat(2, 3), weight, bias)
+        x = batch_norm(x, 0.8, gain, shift)
+        x = np.where(x > 0, x, 0.2 * x)
+    want = batch_norm(np.tanh(convolve(x, *p[10:])), 1e-5)
+    assert np.allclose(got, want, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("size", [8, 68])
 def test_every_parameter_learns(name, size):

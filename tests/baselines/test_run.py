@@ -106,7 +106,7 @@ def test_end_to_end(method, recipe, hooks):
     assert result.history[-1]["accuracy"] == result.accuracies[-1]
     assert evaluate.seen[-1] == state_of(result.model)
     assert len({str(seen) for seen in evaluate.seen}) == len(measured)
-    for row in result.history[1:]:  # the first has nothing to be compared with
+    for row in [row for row in result.history if row["step"] > 3]:  # the probe compares with 3
         assert all(math.isfinite(v) for v in row.values()), row
     assert {"batch_similarity", "snapshot_similarity", "gradient_norm"} <= set(result.history[-1])
     assert result.images.shape == (64, 3, 8, 8)

@@ -207,7 +207,8 @@ def test_what_a_hook_is_given(method):
         assert torch.allclose(student_logits, before(pictures), atol=1e-6)
         assert torch.equal(batch, pictures)
         assert not batch.requires_grad
-        assert terms["G/Hook"].item() == pytest.approx(batch.abs().mean().item())
+        (term,) = (v.item() for k, v in terms.items() if k.startswith("G/Hook"))
+        assert term == pytest.approx(batch.abs().mean().item())
         assert len(spy.labels[-1]) == len(batch)
 
 
@@ -296,14 +297,14 @@ def test_two_hooks_of_one_class_both_count():
     def hook(factor):
         return Hook(term=lambda x: factor * x.abs().mean())
 
-    together, apart = make(hooks=(hook(50.0),)), make(hooks=(hook(49.0), hook(1.0)))
-    for trainer in (together, apart):
-        train(trainer, WARMUP + 1)
-    pairs = zip(together.generator.parameters(), apart.generator.parameters(), strict=True)
-    only = make(hooks=(hook(1.0),))
-    train(only, WARMUP + 1)
-    assert weights(only.generator) != weights(together.generator)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+    pictures = []
+    for hooks in ((hook(50.0),), (hook(49.0), hook(1.0)), (hook(1.0),)):
+        trainer = make(hooks=hooks)
+        train(trainer, WARMUP + 2)
+        pictures.append(trainer.sample_images(4))
+    together, apart, only = pictures
+    assert torch.allclose(together, apart, atol=1e-4)
+    assert not torch.allclose(together, only, atol=1e-3)
 
 
 def test_a_hook_named_as_a_loss_term_leaves_that_term():

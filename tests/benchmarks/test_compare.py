@@ -22,6 +22,7 @@ from PIL import Image
 
 from baselines import METHODS, load_quantized
 from baselines import checkpoint as checkpoints
+from baselines.checkpoint import fingerprint
 from baselines.errors import NonFiniteLossError
 from benchmarks import compare, datasets, teachers
 from benchmarks.errors import TeacherError
@@ -194,7 +195,7 @@ def test_report(finished):
         assert "conv1.weight" in cell["policy"]
     assert got["versions"].keys() >= {"python", "torch", "torchvision", "numpy", "commit"}
     assert got["versions"]["torch"] == torch.__version__
-    assert got["settings"]["teacher_hash"] == teachers.teacher_hash(teachers.digits_teacher())
+    assert got["settings"]["teacher_hash"] == fingerprint(teachers.digits_teacher())
     assert got["evaluation_images"] == 899
     assert got["table"] in text
 
@@ -339,7 +340,7 @@ def test_resnet20_with_weights_on_a_folder_of_images(weights, folder):
     model.load_state_dict(
         {k.removeprefix("module."): v for k, v in torch.load(weights)["state_dict"].items()}
     )
-    assert load("run")["settings"]["teacher_hash"] == teachers.teacher_hash(model)
+    assert load("run")["settings"]["teacher_hash"] == fingerprint(model)
     images, labels = datasets.image_folder(folder, image_size=32)
     assert cell["accuracy_fp"] == teachers.accuracy(model.eval(), images, labels)
     quantized = load_quantized(Path("run", cell["checkpoint"]), resnet20())
@@ -353,7 +354,7 @@ def test_a_factory_from_the_current_directory_at_the_default_widths(folder):
     assert load("run")["evaluation_images"] == 20
 
 
-def test_torchvision_without_images_to_judge():
+def test_torchvision_without_images_to_judge(recwarn):
     argv = ("--model", "torchvision:resnet18", "--num-classes", 10, "--image-size", 32)
     text = ok(*argv, "--bits", 3, *BRIEF, "--with-agm", "--out", "run")
     for line in text.splitlines():
@@ -362,6 +363,7 @@ def test_torchvision_without_images_to_judge():
     keys = ("accuracy_fp", "accuracy_ptq", "accuracy_last")
     assert cells_of("run", *keys) == [(None,) * 3] * 2
     assert len(files(Path("run"), "*.ckpt")) == 2
+    assert not [w for w in recwarn if "legend" in str(w.message)]  # from the empty plot
 
 
 def test_the_shared_network_and_images():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from baselines.checkpoint import fingerprint
 from benchmarks import networks, teachers
 from benchmarks.datasets import digits, image_folder
 from benchmarks.errors import TeacherError
@@ -18,7 +19,6 @@ from benchmarks.teachers import (
     build,
     digits_cnn,
     digits_teacher,
-    teacher_hash,
     train_digits_teacher,
 )
 from benchmarks.weights import load_weights
@@ -297,10 +297,10 @@ def test_a_malicious_pickle_does_not_run(tmp_path, how):
     else:
         torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
     model = digits_cnn()
-    before = teacher_hash(model)
+    before = fingerprint(model)
     fails(load_weights, model, path, parts=(f"refused to load '{path}'", "re-save it"))
     assert not marker.exists()
-    assert teacher_hash(model) == before
+    assert fingerprint(model) == before
     if how == "pickle":  # the trap is a real one
         pickle.loads(path.read_bytes())
         assert marker.exists()
@@ -345,10 +345,10 @@ WIDE = networks.ResNet(in_channels=1, widths=(8, 16, 64), blocks=1, num_classes=
 )
 def test_weights_that_do_not_fit(tmp_path, content, parts):
     model = digits_cnn()
-    before = teacher_hash(model)
+    before = fingerprint(model)
     torch.save(content, tmp_path / "w.pt")
     fails(load_weights, model, tmp_path / "w.pt", parts=(str(tmp_path / "w.pt"), *parts))
-    assert teacher_hash(model) == before
+    assert fingerprint(model) == before
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "text"])
@@ -359,9 +359,9 @@ def test_a_damaged_weights_file(tmp_path, damage):
     damaged = {"empty": b"", "truncated": content[: len(content) // 2], "text": b"hello\n" * 9}
     path.write_bytes(damaged[damage])
     model = digits_cnn()
-    before = teacher_hash(model)
+    before = fingerprint(model)
     fails(load_weights, model, path, parts=(f"cannot read '{path}', it is damaged", "re-save it"))
-    assert teacher_hash(model) == before
+    assert fingerprint(model) == before
 
 
 def test_missing_weights(tmp_path):
@@ -376,7 +376,7 @@ def test_the_hash_sees_names_dtypes_shapes_and_bytes():
     def holding(name: str, value: torch.Tensor) -> str:
         module = nn.Module()
         module.register_buffer(name, value)
-        return teacher_hash(module)
+        return fingerprint(module)
 
     x = torch.arange(6, dtype=torch.int32)
     others = [
@@ -394,8 +394,8 @@ def test_the_hash_sees_names_dtypes_shapes_and_bytes():
 
 def test_the_hash_ignores_the_memory_format():
     model = digits_cnn()
-    before = teacher_hash(model)
-    assert teacher_hash(model.to(memory_format=torch.channels_last)) == before
+    before = fingerprint(model)
+    assert fingerprint(model.to(memory_format=torch.channels_last)) == before
 
 
 # accuracy
