@@ -138,8 +138,9 @@ class AGM:
         Args:
             images: (N, ...), with the generator's graph behind them.
             teacher_logits: (N, C), the teacher on these images, with their graph.
-            student: images -> logits. Its own parameters receive no gradient if it is a module;
-                wrap another callable in :func:`frozen_parameters` yourself.
+            student: images -> logits, in eval mode (in train mode its BatchNorm statistics move).
+                Its own parameters receive no gradient if it is a module; wrap another callable
+                in :func:`frozen_parameters` yourself.
             other_terms: the generator's loss without this term, a scalar depending on ``images``.
 
         Returns:
@@ -177,6 +178,11 @@ class AGM:
             return images if labels is None else (images, labels)
         if labels is None:
             return self.mix(images)
+        if self.num_classes is None and not labels.is_floating_point():
+            raise AgmValueError(
+                "the number of classes is not known before the first generator_loss; "
+                "until then give labels as (N, C) probabilities"
+            )
         return self.mix(images, labels, num_classes=self.num_classes)
 
     def state_dict(self) -> dict[str, Any]:

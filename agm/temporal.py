@@ -81,7 +81,10 @@ class DiversityProbe:
         """Images and features in float32, all state put back."""
         seen: list[Tensor] = []
         linears = [m for m in self.teacher.modules() if isinstance(m, nn.Linear)]
-        devices = {t.device for t in self.latents if isinstance(t, Tensor) and t.is_cuda}
+        tensors = [t for t in self.latents if isinstance(t, Tensor)]
+        if isinstance(self.generator, nn.Module):
+            tensors += self.generator.parameters()
+        devices = {t.device for t in tensors if t.is_cuda}
         with torch.random.fork_rng(devices=list(devices)), ExitStack() as stack:
             if linears:
                 handle = linears[-1].register_forward_pre_hook(
