@@ -53,9 +53,11 @@ class _FakeQuantize(torch.autograd.Function):
         lower: Tensor | int,
         upper: Tensor | int,
         clipped: bool,
+        nonnegative: bool,
     ) -> Tensor:
         if clipped:
-            ctx.save_for_backward(x, (lower - 0.5) * scale, (upper + 0.5) * scale)
+            low = None if nonnegative else (lower - 0.5) * scale
+            ctx.save_for_backward(x, low, (upper + 0.5) * scale)
         return x.div(scale).round_().clamp_(lower, upper).mul_(scale).to(x.dtype)
 
     @staticmethod
@@ -63,9 +65,10 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.saved_tensors:
             # A mask by threshold_backward: vectorised on the CPU, where torch.where is 30x slower.
             x, low, high = ctx.saved_tensors
-            grad = torch.ops.aten.threshold_backward(grad, x - low.to(x), 0)
+            if low is not None:
+                grad = torch.ops.aten.threshold_backward(grad, x - low.to(x), 0)
             grad = torch.ops.aten.threshold_backward(grad, high.to(x) - x, 0)
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None
 
 
 def fake_quantize(
@@ -76,6 +79,7 @@ def fake_quantize(
     qmax: int,
     *,
     ste: str = "identity",
+    nonnegative: bool = False,
 ) -> Tensor:
     """scale * (clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point), in x's dtype.
 
@@ -83,8 +87,11 @@ def fake_quantize(
         x: any shape; ``scale`` and ``zero_point`` broadcast against it.
         ste: the gradient towards x. ``"identity"`` passes it all; ``"clipped"`` passes it where
             x rounds into [qmin, qmax] and blocks it elsewhere.
+        nonnegative: x and qmin - zero_point are known to be >= 0 and 0: nothing is below the range,
+            and the clipped gradient is cheaper by half.
     """
-    return _FakeQuantize.apply(x, scale, qmin - zero_point, qmax - zero_point, ste == "clipped")
+    lower, upper = qmin - zero_point, qmax - zero_point
+    return _FakeQuantize.apply(x, scale, lower, upper, ste == "clipped", nonnegative)
 
 
 class WeightQuantizer(nn.Module):
@@ -175,7 +182,7 @@ class ActivationQuantizer(nn.Module):
             self.observe(x)
         qmin, qmax = integer_range(self.bit_width, "asymmetric", signed=False)
         # A zero_point known beforehand keeps the clamp's bounds numbers, ten times faster in bf16.
-        return fake_quantize(x, self.scale, 0, qmin, qmax, ste=self.ste)
+        return fake_quantize(x, self.scale, 0, qmin, qmax, ste=self.ste, nonnegative=True)
 
     def extra_repr(self) -> str:
         return f"bit_width={self.bit_width}, ste={self.ste}, range_estimator={self.range_estimator}"
