@@ -37,34 +37,30 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _ChannelMoments(torch.autograd.Function):
-    """torch.var_mean over all but dim 1, by two sums forward and one pass back.
+    """torch.var_mean over all but dim 1, and its gradient, by batch normalisation's kernels.
 
-    On the CPU var_mean over strided channels is some 20 times slower than the sums.
+    Those are made for channels: on the CPU var_mean and a broadcast a * x + b are 10 times slower.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        dims = [0, *range(2, x.ndim)]
+        # The affine parameters are there for their dtype, which is that of the statistics.
         wide = torch.promote_types(x.dtype, torch.float32)
-        n = x.numel() // x.shape[1]
-        mean = x.sum(dims, dtype=wide) / n
-        # About the mean, in x's own precision: no cancellation of large squares.
-        centred = x - _per_channel(mean, x)
-        variance = centred.square().sum(dims, dtype=wide) / n
+        one, zero = x.new_ones(x.shape[1], dtype=wide), x.new_zeros(x.shape[1], dtype=wide)
+        eps = 1e-12  # with 0, a constant channel is a case of its own
+        _, mean, inverse_std = torch.native_batch_norm(x, one, zero, None, None, True, 0.0, eps)
         ctx.save_for_backward(x, mean)
-        return mean, variance
+        return mean, (inverse_std.pow(-2) - eps).clamp(min=0)
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
         n = x.numel() // x.shape[1]
         slope = 2 * grad_variance / n
+        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
+        # As if normalised with mean 0 and variance 1: slope * x + offset.
         offset = grad_mean / n - slope * mean
-        return torch.addcmul(_per_channel(offset, x), x, _per_channel(slope, x))
-
-
-def _per_channel(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(like.dtype).view(1, -1, *(1,) * (like.ndim - 2))
+        return torch.native_batch_norm(x, slope, offset, zero, one, False, 0.0, 0.0)[0]
 
 
 @contextmanager
