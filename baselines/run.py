@@ -106,26 +106,23 @@ def quantize(
         BaselineError: see :mod:`baselines.errors`; always before the first step, or with the
             weights of the step before.
     """
-    check_choice("method", method, METHODS)
-    check_choice("recipe", recipe, RECIPES)
-    losses, base = getattr(METHODS[method], recipe)(image_size)
-    changes = {"steps": steps, "batch_size": batch_size}
-    plan = replace(base, **{k: v for k, v in changes.items() if v is not None})
-    config = QuantizationConfig(
-        weight_bits=weight_bits, act_bits=act_bits, scheme=scheme, edge_bits=edge_bits,
-        ste=plan.ste, range_estimator=plan.range_estimator, fold_batch_norm=plan.fold_batch_norm,
-    )  # fmt: skip
-    trainer = Trainer(
+    trainer = make_trainer(
         teacher,
-        method=losses,
-        recipe=plan,
-        config=config,
-        image_shape=(_input_channels(teacher), image_size, image_size),
+        method=method,
+        weight_bits=weight_bits,
+        act_bits=act_bits,
         hooks=hooks,
+        image_size=image_size,
+        recipe=recipe,
+        steps=steps,
+        batch_size=batch_size,
+        scheme=scheme,
+        edge_bits=edge_bits,
         seed=seed,
         device=device,
         precision=precision,
     )
+    plan, config = trainer.recipe, trainer.config
     on_policy(trainer.policy)
     run = _Run(trainer, evaluate, records)
     identity = {
@@ -160,6 +157,38 @@ def quantize(
         steps_per_s=plan.steps / run.seconds,
         recipe=plan,
         precision=trainer.precision,
+    )
+
+
+def make_trainer(
+    teacher: nn.Module,
+    *,
+    method: str,
+    weight_bits: int,
+    act_bits: int,
+    hooks: Sequence[Hook] = (),
+    image_size: int = 32,
+    recipe: str = "quick",
+    steps: int | None = None,
+    batch_size: int | None = None,
+    scheme: str = "asymmetric",
+    edge_bits: int | None = None,
+    **where: Any,
+) -> Trainer:
+    """The trainer that :func:`quantize` runs, all arguments checked; see there."""
+    check_choice("method", method, METHODS)
+    check_choice("recipe", recipe, RECIPES)
+    losses, base = getattr(METHODS[method], recipe)(image_size)
+    changes = {"steps": steps, "batch_size": batch_size}
+    plan = replace(base, **{k: v for k, v in changes.items() if v is not None})
+    config = QuantizationConfig(
+        weight_bits=weight_bits, act_bits=act_bits, scheme=scheme, edge_bits=edge_bits,
+        ste=plan.ste, range_estimator=plan.range_estimator, fold_batch_norm=plan.fold_batch_norm,
+    )  # fmt: skip
+    channels = next((m.in_channels for m in teacher.modules() if isinstance(m, nn.Conv2d)), 3)
+    shape = (channels, image_size, image_size)
+    return Trainer(
+        teacher, method=losses, recipe=plan, config=config, image_shape=shape, hooks=hooks, **where
     )
 
 
@@ -217,10 +246,3 @@ class _Run:
         self.trainer.load_state_dict(state["trainer"])
         self.probe.load_state_dict(state["probe"])
         self.history, self.seconds = state["history"], state["seconds"]
-
-
-def _input_channels(teacher: nn.Module) -> int:
-    for module in teacher.modules():
-        if isinstance(module, nn.Conv2d):
-            return module.in_channels
-    return 3

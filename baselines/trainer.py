@@ -87,7 +87,8 @@ class Trainer:
         device: str | torch.device = "cpu",
         precision: str = "auto",
     ) -> None:
-        self.method, self.recipe, self.hooks, self.seed = method, recipe, list(hooks), seed
+        self.method, self.recipe, self.config = method, recipe, config
+        self.hooks, self.seed = list(hooks), seed
         self.device = torch.device(device)
         self.precision = resolve_precision(precision, self.device)
         self.teacher = self._place(copy.deepcopy(teacher).eval().requires_grad_(False))

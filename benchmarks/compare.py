@@ -29,8 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from agm import AGM, AgmError
 from baselines import METHODS, RECIPES, BaselineError, Interrupted, Result, quantize
 from baselines.checkpoint import fingerprint
-from baselines.errors import ConfigError, UnsupportedLayerError
-from baselines.student import BitPolicy
+from baselines.run import make_trainer
 from benchmarks import report
 from benchmarks.errors import UsageError
 from benchmarks.process import Stop, locked
@@ -85,19 +84,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.methods = list(METHODS) if "all" in args.baseline else list(dict.fromkeys(args.baseline))
     args.arms = ["none"]
     if args.with_agm is not None:
-        args.arms += args.with_agm or ["both"]
+        args.arms += dict.fromkeys(args.with_agm or ["both"])
     if args.seeds < 1 or args.checkpoint_every < 1:
         raise UsageError("--seeds and --checkpoint-every must be at least 1")
     if args.resume and args.out is None:
         raise UsageError("--resume needs --out, the folder to go on in")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    bits = args.bits or ([2, 3] if args.model == "digits" else [3, 4])
-    if args.weight_bits or args.act_bits:
+    bits = args.bits if args.bits is not None else ([2, 3] if args.model == "digits" else [3, 4])
+    if args.weight_bits is not None or args.act_bits is not None:
         if args.bits:
             raise UsageError("give --bits, or --weight-bits and --act-bits, not both")
-        bits = [None]
-    args.widths = [(args.weight_bits or b or 3, args.act_bits or b or 3) for b in bits]
+        bits = [3]
+    args.widths = [
+        (
+            b if args.weight_bits is None else args.weight_bits,
+            b if args.act_bits is None else args.act_bits,
+        )
+        for b in dict.fromkeys(bits)
+    ]
     if args.model == "digits" and args.steps is None and args.recipe == "quick":
         args.steps = DIGITS_STEPS
     return args
@@ -128,11 +133,11 @@ class Comparison:
         self.args, self.task, self.out = args, task, out
         self.accuracy_fp = None if task.images is None else task.accuracy(task.teacher)
         self.cells = grid(args)
-        self.shown_policies: set[tuple[int, int]] = set()
         self.stop = Stop()
 
     def run(self) -> int:
         """All cells that are not finished, then the report; returns the exit status."""
+        policies = self._check()
         self._claim_folder()
         rows = {cell["name"]: row for cell in self.cells if (row := self._finished(cell))}
         todo = [cell for cell in self.cells if cell["name"] not in rows]
@@ -142,6 +147,8 @@ class Comparison:
         print(
             f"{len(self.cells)} runs, {len(rows)} of them done before, into {self.out}", flush=True
         )
+        for (weight_bits, act_bits), policy in policies.items():
+            print(f"\nBit policy W{weight_bits}A{act_bits}\n{policy}\n", flush=True)
         interrupted = False
         with self.stop.listening():
             for i, cell in enumerate(todo):
@@ -159,6 +166,31 @@ class Comparison:
             return 128 + (self.stop.received or signal.SIGINT)
         return 1 if any(row["error"] for row in finished) else 0
 
+    def _check(self) -> dict[tuple[int, int], str]:
+        """Build every kind of run once, so that a mistake shows before any training.
+
+        Returns:
+            The bit policies.
+        """
+        policies = {}
+        for method in self.args.methods:
+            for weight_bits, act_bits in self.args.widths:
+                trainer = make_trainer(
+                    self.task.teacher,
+                    method=method,
+                    weight_bits=weight_bits,
+                    act_bits=act_bits,
+                    image_size=self.task.image_size,
+                    **self._training(),
+                )
+                policies[weight_bits, act_bits] = str(trainer.policy)
+                self.steps = trainer.recipe.steps
+        return policies
+
+    def _training(self) -> dict[str, Any]:
+        names = ("recipe", "steps", "batch_size", "device", "precision")
+        return {name: getattr(self.args, name) for name in names}
+
     def _claim_folder(self) -> None:
         """Refuse the results of other settings, and to repeat a run unasked."""
         known = self.out / "settings.json"
@@ -172,6 +204,8 @@ class Comparison:
                 "another --out"
             )
         report.write_json(known, self._settings())
+        for stale in [*self.out.glob("*.tmp"), *self.out.glob(".*.tmp")]:
+            stale.unlink()
 
     def _settings(self) -> dict[str, Any]:
         """What a finished run depends on."""
@@ -179,12 +213,8 @@ class Comparison:
             "model": self.args.model,
             "teacher_hash": fingerprint(self.task.teacher),
             "data_hash": self.task.data_hash(),
-            "recipe": self.args.recipe,
-            "steps": self.args.steps,
-            "batch_size": self.args.batch_size,
-            "device": self.args.device,
-            "precision": self.args.precision,
-        }
+            "image_size": self.task.image_size,
+        } | self._training()
 
     def _finished(self, cell: Cell) -> Cell | None:
         """The row of a cell that an earlier run completed."""
@@ -193,13 +223,10 @@ class Comparison:
 
     def _run_cell(self, cell: Cell, count: str) -> Cell:
         """A cell under its progress bar, as a row of report.json; a failure is a row as well."""
-        recipe = getattr(METHODS[cell["method"]], self.args.recipe)(self.task.image_size)[1]
-        steps, name = self.args.steps or recipe.steps, f"[{count}] {cell['name']}"
-        with tqdm(total=steps, desc=name, unit="step", mininterval=0.5) as bar:
+        name = f"[{count}] {cell['name']}"
+        with tqdm(total=self.steps, desc=name, unit="step", mininterval=0.5) as bar:
             try:
                 result = self._quantize(cell, bar)
-            except (ConfigError, UnsupportedLayerError):
-                raise  # the command line's fault, and every cell's
             except (BaselineError, torch.OutOfMemoryError, MemoryError) as error:
                 if self.args.debug:
                     raise
@@ -226,12 +253,6 @@ class Comparison:
             if step % 20 == 0:
                 bar.set_postfix({k: f"{v.item():.3g}" for k, v in terms.items()}, refresh=False)
 
-        def on_policy(policy: BitPolicy) -> None:
-            bits = (cell["weight_bits"], cell["act_bits"])
-            if bits not in self.shown_policies:
-                self.shown_policies.add(bits)
-                bar.write(f"\nBit policy W{bits[0]}A{bits[1]}\n{policy}\n", file=sys.stdout)
-
         return quantize(
             self.task.teacher,
             method=cell["method"],
@@ -239,19 +260,14 @@ class Comparison:
             act_bits=cell["act_bits"],
             hooks=hooks,
             image_size=self.task.image_size,
-            recipe=self.args.recipe,
-            steps=self.args.steps,
-            batch_size=self.args.batch_size,
             seed=cell["seed"],
-            device=self.args.device,
-            precision=self.args.precision,
+            **self._training(),
             evaluate=self.task.accuracy if self.task.images is not None else None,
             checkpoint_path=self.out / f"{cell['name']}.run",
             checkpoint_every=self.args.checkpoint_every,
             resume=self.args.resume,
             stop=self.stop,
             on_step=on_step,
-            on_policy=on_policy,
         )
 
     def _save(self, cell: Cell, result: Result) -> Cell:
@@ -332,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     except AgmError as error:
         if "--debug" in argv:
             raise
-        print(f"compare.py: error: {error}", file=sys.stderr)
+        print("compare.py: error: " + " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
 
 

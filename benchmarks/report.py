@@ -18,6 +18,7 @@ PROBE = {"feature_movement": "feature movement", "batch_similarity": "batch simi
 
 def mean_std(values: Sequence[float]) -> str:
     """``mean ± std`` (sample standard deviation); the std of one value is n/a."""
+    values = [v for v in values if not math.isnan(v)]
     if not values:
         return "n/a"
     spread = f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "n/a"
@@ -68,8 +69,8 @@ def by_seed(cells: Sequence[Cell], key: str) -> dict[int, float]:
 
 def last_probe(cell: Cell, key: str) -> float:
     """Mean of a probe figure over the last quarter of the run's records."""
-    values = [row[key] for row in cell["history"] if key in row]
-    return float(np.mean(values[-max(1, len(values) // 4) :]))
+    values = [v for row in cell["history"] if (v := row.get(key)) is not None and v == v]
+    return float(np.mean(values[-max(1, len(values) // 4) :])) if values else math.nan
 
 
 def table(cells: Sequence[Cell]) -> str:
@@ -160,7 +161,8 @@ def picture(
         fp = [c["accuracy_fp"] for runs in arms.values() for c in runs if c.get("accuracy_fp")]
         if fp:
             row[0].axhline(fp[0], color="grey", ls="--", lw=1, label="full precision")
-        row[0].legend(fontsize=8)
+        if row[0].get_legend_handles_labels()[0]:
+            row[0].legend(fontsize=8)
         for axis, arm in zip(row[3:], shown, strict=True):
             axis.axis("off")
             cell = next((c for c in arms.get(arm, []) if c["name"] in images), None)
@@ -170,7 +172,7 @@ def picture(
                 name = f"{ARM_NAMES[arm]}: generated images, seed {cell['seed']}"
                 axis.set_title(name, fontsize=10)
     figure.suptitle(title, fontsize=11)
-    temporary = path.with_name(f".{path.name}")
+    temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
     os.replace(temporary, path)

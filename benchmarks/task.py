@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +47,7 @@ class Task:
 def load_task(args: argparse.Namespace) -> Task:
     """Build and check everything that can be wrong before the first step."""
     try:
-        torch.zeros((), device=args.device)
+        torch.zeros((), device=args.device).item()
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {args.device!r} cannot be used: {error}") from error
     on_digits = args.model == "digits" and args.data is None
@@ -58,7 +59,14 @@ def load_task(args: argparse.Namespace) -> Task:
         if args.data is not None:
             num_classes = len(datasets.class_names(args.data))
     teacher = teachers.build(args.model, num_classes=num_classes, weights=args.weights)
-    channels = next(m.in_channels for m in teacher.modules() if isinstance(m, nn.Conv2d))
+    channels = next((m.in_channels for m in teacher.modules() if isinstance(m, nn.Conv2d)), None)
+    if channels is None:
+        raise UsageError(f"the model {args.model!r} has no Conv2d, so it takes no images")
+    if args.data is not None and channels != 3:
+        raise UsageError(
+            f"the model takes images of {channels} channel(s), --data gives 3-channel ones; "
+            "choose a model for colour images, or leave --data out"
+        )
     mean, std = args.mean, args.std
     if mean is None:
         mean = datasets.DIGITS_MEAN if channels == 1 else datasets.IMAGENET_MEAN
@@ -69,6 +77,8 @@ def load_task(args: argparse.Namespace) -> Task:
             f"--mean and --std need {channels} numbers, one a channel of the model's first "
             f"convolution; got {len(mean)} and {len(std)}"
         )
+    if not all(math.isfinite(v) for v in (*mean, *std)) or min(std) <= 0:
+        raise UsageError(f"--mean and --std must be finite, --std > 0; got {mean} and {std}")
     try:
         with torch.no_grad():
             logits = teacher(torch.zeros(2, channels, size, size))
@@ -76,9 +86,10 @@ def load_task(args: argparse.Namespace) -> Task:
         raise UsageError(
             f"the model does not take {channels}x{size}x{size} images ({error}); set --image-size"
         ) from error
-    if logits.ndim != 2 or logits.shape[1] != num_classes:
+    got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if got != (2, num_classes):
         raise UsageError(
-            f"the model returns {tuple(logits.shape)} for 2 images, expected (2, {num_classes}); "
+            f"the model returns {got} for 2 images, expected (2, {num_classes}); "
             "set --num-classes, or --data with that many class folders"
         )
     images = labels = None

@@ -32,8 +32,9 @@ from tests.baselines import same_state
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compare.py"
 SHARED = Path(__file__).parents[3] / "shared"
-SHORT = ("--steps", "8", "--batch-size", "16")
+SHORT = ("--bits", "3", "--steps", "8", "--batch-size", "16")
 BRIEF = ("--steps", "2", "--batch-size", "4", "--seeds", "1")
+BRIEF3 = (*BRIEF, "--bits", "3")
 REQUIRED = {
     "method", "hooks", "weight_bits", "act_bits", "seed", "accuracy_fp", "accuracy_ptq",
     "accuracy_last", "seconds", "steps_per_s", "checkpoint",
@@ -98,7 +99,12 @@ def enter(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def call(*argv: object, together: bool = False) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr, or both in the first in the order they were written."""
+    """Exit status, stdout and stderr, or both in the first in the order they were written.
+
+    At 3 bits unless told, so that there is one cell an arm and seed.
+    """
+    if not {"--bits", "--weight-bits", "--act-bits", "--model"} & {str(a) for a in argv}:
+        argv = (*argv, "--bits", "3")
     out = io.StringIO()
     err = out if together else io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -239,7 +245,7 @@ def test_the_printed_command_reproduces_the_run(finished, home):
 
 
 def test_the_default_folder_is_new_and_in_the_command(home):
-    ok(*BRIEF)
+    ok(*BRIEF3)
     (out,) = (home / "runs").iterdir()
     assert out.name.startswith("digits-")
     command = shlex.split(load(out)["command"])
@@ -254,13 +260,13 @@ def cells_of(out: str | Path, *keys: str) -> list[tuple]:
 
 
 def test_the_baseline_alone_and_one_seed(monkeypatch):
-    text = ok(*BRIEF, "--first-seed", 7, "--out", "run")
+    text = ok(*BRIEF3, "--first-seed", 7, "--out", "run")
     assert cells_of("run", "method", "hooks", "seed") == [("gdfq", "none", 7)]
     (row,) = (line for line in text.splitlines() if " baseline " in line)
     assert row.count("± n/a") == 6
     # One command for going on, and for looking at the result again.
     spy(monkeypatch, never)
-    assert row in ok(*BRIEF, "--first-seed", 7, "--out", "run", "--resume")
+    assert row in ok(*BRIEF3, "--first-seed", 7, "--out", "run", "--resume")
 
 
 def test_all_methods_at_two_widths():
@@ -285,7 +291,7 @@ def test_several_arms_and_bits_apart():
 @pytest.mark.parametrize("arm", ["loss", "interpolation"])
 def test_a_part_of_the_add_on(arm, monkeypatch):
     started = spy(monkeypatch)
-    ok(*BRIEF, "--with-agm", arm, "--out", "run")
+    ok(*BRIEF3, "--with-agm", arm, "--out", "run")
     assert started == ["gdfq-none-0", f"gdfq-{arm}-0"]
     assert cells_of("run", "hooks") == [("none",), (arm,)]
 
@@ -299,7 +305,7 @@ def test_an_option_given_twice_counts_once(monkeypatch):
 
 
 def test_a_run_of_one_step_can_be_looked_at_again(monkeypatch):
-    argv = ("--steps", 1, "--batch-size", 4, "--seeds", 1, "--out", "run")
+    argv = (*BRIEF3, "--steps", 1, "--out", "run")
     text = ok(*argv)
     assert "nan" not in text.lower()
     assert load("run")["table"] in ok(*argv, "--resume")
@@ -545,7 +551,7 @@ FAILURES = [
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda e: type(e).__name__)
 def test_a_failed_cell_does_not_lose_the_others(error, monkeypatch):
-    argv = (*BRIEF, "--with-agm", "--out", "run")
+    argv = (*BRIEF3, "--with-agm", "--out", "run")
 
     def fail(method, seed, arm):
         if arm == "none":
@@ -579,7 +585,7 @@ def test_a_grid_that_fails_wholly_is_reported(monkeypatch):
         raise NonFiniteLossError("step 3")
 
     spy(monkeypatch, fail)
-    status, text, _ = call(*BRIEF, "--baseline", "all", "--out", "run")
+    status, text, _ = call(*BRIEF3, "--baseline", "all", "--out", "run")
     assert status == 1
     assert text.count("FAILED") >= len(METHODS)
     Image.open("run/report.png").verify()
@@ -589,9 +595,9 @@ def test_a_grid_that_fails_wholly_is_reported(monkeypatch):
 
 # Being stopped
 
-# Long enough to be caught in the act by a signal after the warm-up, which takes 90 of them.
-LONG = ("--steps", "300", "--batch-size", "8", "--seeds", "1", "--checkpoint-every", "5")
-LONG = (*LONG, "--with-agm", "--out", "run")
+# Long enough to be caught in the act by a signal, and that after the warm-up.
+STEPS, CAUGHT = 400, 150
+LONG = (*BRIEF3, "--steps", str(STEPS), "--checkpoint-every", "3", "--with-agm", "--out", "run")
 AGM_CELL = "gdfq-w3a3-both-seed0"
 
 
@@ -606,7 +612,7 @@ def unbroken(cache, tmp_path_factory):
 
 def progress(stderr: Path) -> int:
     """The last step that the progress bar shows."""
-    shown = re.findall(r" (\d+)/300 \[", stderr.read_text(errors="replace"))
+    shown = re.findall(rf" (\d+)/{STEPS} \[", stderr.read_text(errors="replace"))
     return int(shown[-1]) if shown else 0
 
 
@@ -620,7 +626,7 @@ def stop(number: signal.Signals, home: Path) -> tuple[int, str, str]:
         )  # fmt: skip
         try:
             deadline = time.monotonic() + 600
-            while progress(err) < 100 and child.poll() is None and time.monotonic() < deadline:
+            while progress(err) < CAUGHT and child.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.02)
             assert child.poll() is None, err.read_text()
             child.send_signal(number)
@@ -647,7 +653,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(number, unbroken, home
             (out / name).write_bytes(b"half a file")
     else:
         assert status == 128 + number
-        assert re.search(rf"{AGM_CELL}: stopped after step \d+ of 300", err)
+        assert re.search(rf"{AGM_CELL}: stopped after step \d+ of {STEPS}", err)
         assert "Traceback" not in err
         assert "baseline" in text  # what is finished is reported
         command = err.splitlines()[-1].partition("go on with: ")[2]
