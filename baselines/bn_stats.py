@@ -28,6 +28,11 @@ class BatchNormStatistics:
 
     def loss(self) -> Tensor:
         """Mean over the BatchNorm layers, a scalar in float32."""
+        if not self.losses:
+            raise UnsupportedLayerError(
+                "the network has BatchNorm layers and ran none of them, so there are no statistics "
+                "to draw images from; give the network without its unused parts"
+            )
         return torch.stack(self.losses).mean()
 
 

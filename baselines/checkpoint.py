@@ -5,6 +5,7 @@ A file is MAGIC, the SHA-256 of the rest, and the rest: a ``torch.save`` archive
 """
 
 import contextlib
+import glob
 import hashlib
 import io
 import os
@@ -92,7 +93,7 @@ def load_newest(path: str | Path) -> dict[str, Any] | None:
     A damaged newest file is named in a warning; a temporary file of a killed run is removed.
     """
     path = Path(path)
-    for stale in path.parent.glob(f"{path.name}.*.tmp"):
+    for stale in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
         stale.unlink(missing_ok=True)
     candidates = [p for p in (path, previous(path)) if p.exists()]
     for i, candidate in enumerate(candidates):

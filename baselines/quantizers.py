@@ -209,5 +209,5 @@ def check_bits(name: str, bits: int) -> None:
 
 def check_choice(name: str, value: str, choices: Any) -> None:
     """Raise :class:`ConfigError` unless value is one of the choices."""
-    if value not in choices:
+    if value not in tuple(choices):
         raise ConfigError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")

@@ -179,8 +179,8 @@ def _fold_batch_norms(student: fx.GraphModule) -> None:
         calls[str(node.target)] = calls.get(str(node.target), 0) + 1
     for node in list(student.graph.nodes):
         norm = _module(student, node)
-        source = node.args[0] if node.args else None
-        conv = _module(student, source) if isinstance(source, fx.Node) else None
+        source = node.all_input_nodes[0] if node.all_input_nodes else None
+        conv = _module(student, source) if source is not None else None
         if not (isinstance(norm, BATCH_NORMS) and isinstance(conv, CONVOLUTIONS)):
             continue
         if len(source.users) > 1 or calls[str(source.target)] > 1 or norm.running_mean is None:
@@ -222,7 +222,7 @@ def _quantize_activations(
     relus = [node for node in student.graph.nodes if _is_relu(student, node)]
     _refuse_hidden_writes(student, relus)
     last = [n for n in student.graph.nodes if isinstance(_module(student, n), WEIGHTED)][-1]
-    before_last = _source(student, last.args[0], through_averages=True)
+    before_last = _source(student, last.all_input_nodes[0], through_averages=True)
     for node in relus:
         edge = config.edge_bits is not None and node is before_last
         bits = config.edge_bits if edge else config.act_bits
@@ -249,8 +249,7 @@ def _refuse_hidden_writes(student: fx.GraphModule, relus: list[fx.Node]) -> None
             or node.kwargs.get("inplace", False)
             or node.target in (F.relu_, torch.relu_, "relu_")
         )
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
+        source = node.all_input_nodes[0]
         if in_place and any(position[user] > position[node] for user in source.users):
             raise UnsupportedLayerError(
                 f"the input of the in-place ReLU {node.name!r} is used again after it; use its "
@@ -258,16 +257,16 @@ def _refuse_hidden_writes(student: fx.GraphModule, relus: list[fx.Node]) -> None
             )
 
 
-def _source(student: fx.GraphModule, value: Any, *, through_averages: bool = False) -> Any:
+def _source(student: fx.GraphModule, value: fx.Node, *, through_averages: bool = False) -> fx.Node:
     """The node whose values are those of ``value``, however rearranged."""
     passing = TRANSPARENT + (AVERAGES if through_averages else ())
-    while isinstance(value, fx.Node) and (
+    while value.all_input_nodes and (
         isinstance(_module(student, value), passing)
         or (value.op == "call_function" and value.target in TRANSPARENT_FUNCTIONS)
         or (value.op == "call_method" and value.target in TRANSPARENT_METHODS)
         or (through_averages and _is_average(student, value))
     ):
-        value = value.args[0]
+        value = value.all_input_nodes[0]
     return value
 
 
@@ -285,9 +284,9 @@ def _list_floating_point(student: fx.GraphModule, policy: BitPolicy) -> None:
     for node in student.graph.nodes:
         is_sum = node.op == "call_function" and node.target in SUMS
         weighted = isinstance(_module(student, node), WEIGHTED)
-        inputs = node.args if is_sum else node.args[:1] if weighted else ()
+        inputs = node.all_input_nodes if is_sum else node.all_input_nodes[:1] if weighted else ()
         for source in (_source(student, value) for value in inputs):
-            if not isinstance(source, fx.Node) or source in listed:
+            if source in listed:
                 continue
             why = _why_floating_point(student, source)
             if why is not None:

@@ -157,12 +157,14 @@ class Trainer:
             )
             for i, hook in enumerate(() if self.warming_up else self.hooks):
                 name = type(hook).__name__
-                terms[f"{name}{i}" if name in terms else name] = hook.generator_loss(
+                term = hook.generator_loss(
                     images=images,
                     teacher_logits=teacher_logits,
                     student=student,
                     other_terms=total(terms),
                 )
+                term = torch.as_tensor(term, device=self.device)  # a hook may return a plain 0
+                terms[f"{name}{i}" if name in terms else name] = term
         return teacher_logits, terms
 
     def _student_terms(

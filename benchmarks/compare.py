@@ -27,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agm import AGM, AgmError
-from baselines import METHODS, RECIPES, BaselineError, Interrupted, Result, quantize
+from baselines import METHODS, RECIPES, BaselineError, Interrupted, Result, checkpoint, quantize
 from baselines.checkpoint import fingerprint
 from baselines.run import make_trainer
 from benchmarks import report
@@ -87,6 +87,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.arms += dict.fromkeys(args.with_agm or ["both"])
     if args.seeds < 1 or args.checkpoint_every < 1:
         raise UsageError("--seeds and --checkpoint-every must be at least 1")
+    if not 0 <= args.first_seed < 2**32:
+        raise UsageError(f"--first-seed must be in [0, 2^32), got {args.first_seed}")
     if args.resume and args.out is None:
         raise UsageError("--resume needs --out, the folder to go on in")
     if args.device == "auto":
@@ -133,6 +135,7 @@ class Comparison:
         self.args, self.task, self.out = args, task, out
         self.accuracy_fp = None if task.images is None else task.accuracy(task.teacher)
         self.cells = grid(args)
+        self.steps: dict[str, int] = {}
         self.stop = Stop()
 
     def run(self) -> int:
@@ -184,7 +187,7 @@ class Comparison:
                     **self._training(),
                 )
                 policies[weight_bits, act_bits] = str(trainer.policy)
-                self.steps = trainer.recipe.steps
+                self.steps[method] = trainer.recipe.steps
         return policies
 
     def _training(self) -> dict[str, Any]:
@@ -198,14 +201,15 @@ class Comparison:
             raise UsageError(
                 f"{self.out} holds a run; add --resume to go on, or choose another --out"
             )
-        if known.exists() and json.loads(known.read_text()) != self._settings():
+        if known.exists() and _read_json(known) != self._settings():
             raise UsageError(
                 f"{self.out} was made with other settings ({known}); repeat its command, or choose "
                 "another --out"
             )
         report.write_json(known, self._settings())
-        for stale in [*self.out.glob("*.tmp"), *self.out.glob(".*.tmp")]:
-            stale.unlink()
+        for name in [*(cell["name"] for cell in self.cells), "report", "settings"]:
+            for stale in [*self.out.glob(f"{name}.*.tmp"), *self.out.glob(f".{name}.*.tmp")]:
+                stale.unlink()
 
     def _settings(self) -> dict[str, Any]:
         """What a finished run depends on."""
@@ -217,14 +221,20 @@ class Comparison:
         } | self._training()
 
     def _finished(self, cell: Cell) -> Cell | None:
-        """The row of a cell that an earlier run completed."""
-        path = self.out / f"{cell['name']}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        """The row of a cell that an earlier run completed; None if anything of it is damaged."""
+        stem = self.out / cell["name"]
+        try:
+            row = json.loads(stem.with_suffix(".json").read_text())
+            np.load(stem.with_suffix(".npy"))
+            checkpoint.load(stem.with_suffix(".ckpt"))
+        except (OSError, ValueError):  # CheckpointError is a ValueError
+            return None
+        return row
 
     def _run_cell(self, cell: Cell, count: str) -> Cell:
         """A cell under its progress bar, as a row of report.json; a failure is a row as well."""
         name = f"[{count}] {cell['name']}"
-        with tqdm(total=self.steps, desc=name, unit="step", mininterval=0.5) as bar:
+        with tqdm(total=self.steps[cell["method"]], desc=name, unit="step", mininterval=0.5) as bar:
             try:
                 result = self._quantize(cell, bar)
             except (BaselineError, torch.OutOfMemoryError, MemoryError) as error:
@@ -274,7 +284,10 @@ class Comparison:
         """The quantized network, its images, and last the row, which says that all is there."""
         stem = self.out / cell["name"]
         result.save(stem.with_suffix(".ckpt"))
-        np.save(stem.with_suffix(".npy"), self.task.pixels(result.images))
+        temporary = self.out / f".{cell['name']}.npy.tmp"
+        with temporary.open("wb") as file:
+            np.save(file, self.task.pixels(result.images))
+        temporary.replace(stem.with_suffix(".npy"))
         row = cell | {
             "accuracy_fp": self.accuracy_fp,
             "accuracy_ptq": result.accuracies[0] if result.accuracies else None,
@@ -325,6 +338,13 @@ class Comparison:
         if "--out" not in given:
             given += ["--out", str(self.out)]
         return shlex.join(["python", "benchmarks/compare.py", *given])
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is damaged ({error}); choose another --out") from error
 
 
 def _commit() -> str | None:

@@ -181,7 +181,8 @@ def picture(
 def mosaic(images: np.ndarray, side: int = 6) -> np.ndarray:
     """The first side^2 images as one, with a white line between them."""
     pad = ((0, 0), (0, 1), (0, 1), (0, 0))
-    images = np.pad(images[: side * side], pad, constant_values=1.0)
+    images = images[: min(side * side, len(images) // side * side)]  # whole rows
+    images = np.pad(images, pad, constant_values=1.0)
     rows = [np.concatenate(list(images[i : i + side]), 1) for i in range(0, len(images), side)]
     return np.concatenate(rows, 0)
 

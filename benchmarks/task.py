@@ -52,7 +52,11 @@ def load_task(args: argparse.Namespace) -> Task:
         raise UsageError(f"--device {args.device!r} cannot be used: {error}") from error
     on_digits = args.model == "digits" and args.data is None
     zoo = args.model.startswith("torchvision:")
-    size = args.image_size or (8 if on_digits else 224 if zoo else 32)
+    size = args.image_size
+    if size is None:
+        size = 8 if on_digits else 224 if zoo else 32
+    if size < 1:
+        raise UsageError(f"--image-size must be at least 1, got {size}")
     num_classes = args.num_classes
     if num_classes is None:
         num_classes = 1000 if zoo else 10

@@ -125,3 +125,12 @@ def test_without_statistics(norm):
     ):
         pass
     assert isinstance(caught.value, AgmError)
+
+
+def test_batch_norms_that_never_run():
+    teacher = nn.Conv2d(3, 2, 1)
+    teacher.auxiliary = nn.BatchNorm2d(2)
+    with batch_norm_statistics(teacher) as statistics:
+        teacher(images())
+    with pytest.raises(UnsupportedLayerError, match="BatchNorm"):
+        statistics.loss()

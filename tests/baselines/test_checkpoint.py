@@ -153,7 +153,10 @@ def test_missing_or_not_a_file(path):
         save(path.parent, STATE)
 
 
-def test_a_stale_temporary_is_removed(path, monkeypatch):
+@pytest.mark.parametrize("name", ["run.pt", "run[1].pt"])
+def test_a_stale_temporary_is_removed(tmp_path, name, monkeypatch):
+    path = tmp_path / name
+
     class Killed(BaseException):
         pass
 
@@ -313,6 +316,7 @@ import os, random, signal, sys
 import torch
 from baselines.checkpoint import load_newest, save
 
+torch.set_num_threads(1)  # threads do not survive a fork
 path, keep = sys.argv[1], sys.argv[2] == "keep"
 draw, start = random.Random(0), 0
 for _ in range(6):
@@ -340,5 +344,5 @@ for _ in range(6):
 @pytest.mark.parametrize("keep", ["keep", "drop"])
 def test_killed_while_saving(path, keep):
     command = [sys.executable, "-W", "error::UserWarning", "-c", SAVING_LOOP, str(path), keep]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr

@@ -375,7 +375,7 @@ def test_bits_out_of_range(name, value):
 
 
 @pytest.mark.parametrize("name", ["scheme", "ste", "range_estimator"])
-@pytest.mark.parametrize("value", ["", "Max", "none", None, 3])
+@pytest.mark.parametrize("value", ["", "Max", "none", None, 3, ["max"]])
 def test_unknown_choice(name, value):
     with pytest.raises(ConfigError, match=name) as caught:
         QuantizationConfig(**{name: value})

@@ -296,6 +296,20 @@ def test_an_in_place_relu_whose_result_is_not_used(relu):
     assert count_of_levels(value) <= 4
 
 
+class Keywords(Tiny):
+    def forward(self, x):
+        x = F.relu(input=self.bn0(self.conv0(input=x)))
+        return self.fc(input=x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("config", [{}, {"fold_batch_norm": True}, {"edge_bits": 8}], ids=str)
+def test_inputs_by_keyword(config):
+    net, x = Keywords(), images()
+    student = observe(build(net, weight_bits=8, act_bits=8, **config), x)
+    assert len(quantizers(student)) == 1
+    assert error(student(x), net(x)) < 0.05
+
+
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()

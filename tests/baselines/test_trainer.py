@@ -141,6 +141,11 @@ def test_a_disabled_add_on_is_none(method):
         assert all(v == 0 for k, v in b.items() if k not in a)
 
 
+@pytest.mark.parametrize("zero", [0, 0.0, torch.zeros(())], ids=["int", "float", "tensor"])
+def test_a_hook_may_return_its_neutral_values(zero):
+    assert outcome(make(hooks=(Hook(term=lambda x: zero),)))[1] == outcome(make())[1]
+
+
 @pytest.mark.parametrize("hooks", ["loss", "interpolation", "both"])
 @each_method
 def test_an_add_on_changes_the_run_after_the_warmup_alone(method, hooks):

@@ -99,12 +99,7 @@ def enter(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def call(*argv: object, together: bool = False) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr, or both in the first in the order they were written.
-
-    At 3 bits unless told, so that there is one cell an arm and seed.
-    """
-    if not {"--bits", "--weight-bits", "--act-bits", "--model"} & {str(a) for a in argv}:
-        argv = (*argv, "--bits", "3")
+    """Exit status, stdout and stderr, or both in the first in the order they were written."""
     out = io.StringIO()
     err = out if together else io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -245,11 +240,20 @@ def test_the_printed_command_reproduces_the_run(finished, home):
 
 
 def test_the_default_folder_is_new_and_in_the_command(home):
-    ok(*BRIEF3)
+    ok(*BRIEF)
     (out,) = (home / "runs").iterdir()
     assert out.name.startswith("digits-")
     command = shlex.split(load(out)["command"])
     assert command[command.index("--out") + 1] == str(out.relative_to(home))
+    assert cells_of(out, "weight_bits", "act_bits") == [(2, 2), (3, 3)]
+
+
+def test_other_files_in_the_folder_are_left_alone(home):
+    mine = {"notes.tmp": b"mine", ".draft.tmp": b"mine", "gdfq.json": b"{}"}
+    for name, content in mine.items():
+        (home / name).write_bytes(content)
+    ok(*BRIEF3, "--out", ".")
+    assert files(home).items() >= mine.items()
 
 
 # The grid
@@ -430,6 +434,7 @@ MISTAKES = {
     "std of wrong length": (("--std", 1, 1, 1), ("need 1 number", "got 1 and 3")),
     "std of zero": ((*OWN, "--std", 1, 0, 1), ("std", "> 0")),
     "image size": ((*OWN, "--image-size", 30), ("30", "multiple of 4")),
+    "no image size": (("--image-size", 0), ("image", "0")),
     "image size of nothing": ((*OWN, "--image-size", -4), ("-4",)),
     "no BatchNorm": (("--model", "nets:bare"), ("nets:bare", "BatchNorm", "choose")),
     "no convolution": (("--model", "nets:mlp"), ("nets:mlp", "onv")),
@@ -526,6 +531,20 @@ def test_resuming_a_finished_run_does_nothing(copied, monkeypatch):
         report["versions"].pop("commit")  # of a working tree that may change meanwhile
     assert got == want
     assert want["table"] in text
+
+
+@pytest.mark.parametrize(
+    "name", ["settings.json", "gdfq-w3a3-none-seed1.json", "gdfq-w3a3-none-seed1.npy"]
+)
+def test_a_damaged_file_of_a_finished_run_is_named_or_made_again(copied, name):
+    out, argv = copied
+    (out / name).write_bytes((out / name).read_bytes()[:50])
+    status, text, err = call(*argv, "--resume")
+    if status == 0:
+        assert load(out)["table"] in text
+    else:
+        assert status == 2
+        assert name in err
 
 
 def test_more_seeds_keep_what_is_finished(copied, monkeypatch):
