@@ -103,6 +103,8 @@ def parts(trainer: Trainer) -> dict[str, Callable[[], Any]]:
     logits = trainer._run(trainer.teacher, images).float().detach().requires_grad_()
     answers = trainer._run(trainer.student, images).float().detach().requires_grad_()
     hook = AGM(interpolation=False)
+    for optimizer in (trainer.generator_optimizer, trainer.student_optimizer):
+        optimizer.param_groups[0]["lr"] = 0.0  # the pieces' gradients mean nothing
 
     def generator() -> None:
         out = trainer._run(trainer.generator, *latents)
@@ -214,7 +216,7 @@ def profile(args: argparse.Namespace, method: str) -> dict[str, Any]:
     trainers = {arm: make(args, method, arm, plain=False) for arm in ARMS}
     plain = stepper(make(args, method, "none", plain=True), plain=True)
     steps = {"plain": plain} | {arm: stepper(t, plain=False) for arm, t in trainers.items()}
-    pieces = parts(trainers["none"])
+    pieces = parts(make(args, method, "none", plain=False))
     seconds = measure(steps | pieces, args.rounds, args.device)
     batch = trainers["none"].recipe.batch_size
     precision = trainers["none"].precision
