@@ -10,7 +10,6 @@ this project's own float32 path: eager, contiguous, BatchNorm unfolded, torch.va
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -202,7 +201,9 @@ def print_peak(args: argparse.Namespace) -> None:
     if args.device.startswith("cuda"):
         print(torch.cuda.max_memory_allocated() / 2**20)
     else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+        # Not getrusage, whose maximum is inherited from the parent process.
+        status = Path("/proc/self/status").read_text()
+        print(int(status.split("VmHWM:")[1].split()[0]) / 2**10)
 
 
 def spread(values: list[float]) -> float:
