@@ -14,7 +14,7 @@ from agm import AGM, AgmError
 from baselines import METHODS, gdfq
 from baselines.errors import CheckpointError, ConfigError, NonFiniteLossError
 from baselines.student import QuantizationConfig
-from baselines.trainer import Trainer
+from baselines.trainer import Remembered, Trainer
 from tests.baselines import Tiny, bits, images, same_state, weights
 
 SMALL = {name: replace(module.paper(8)[0], width=4, latent_dim=6)
@@ -285,6 +285,15 @@ def test_the_student_learns_the_teachers_answers_to_its_images(method, change):
     assert torch.allclose(given["teacher_logits"], trainer.teacher(batch), atol=1e-6)
     assert torch.allclose(given["student_logits"], before(batch), atol=1e-6)
     assert given["labels"] is last.labels[-1]
+
+
+@contract
+def test_a_shared_forward_changes_nothing(monkeypatch, method, hooks):
+    shared = outcome(make(method, hooks))
+    monkeypatch.setattr(Remembered, "__call__", lambda self, images: self.network(images))
+    terms, end, _ = outcome(make(method, hooks))
+    assert shared[0] == terms
+    assert shared[1] == end
 
 
 def test_hooks_work_in_order_and_each_of_their_terms_counts():
