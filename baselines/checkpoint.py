@@ -5,6 +5,7 @@ A file is MAGIC, the SHA-256 of the rest, and the rest: a ``torch.save`` archive
 """
 
 import contextlib
+import copy
 import glob
 import hashlib
 import io
@@ -30,13 +31,14 @@ def save(path: str | Path, state: dict[str, Any], *, keep_previous: bool = False
         keep_previous: keep the file that was there as ``<path>.previous``.
 
     Raises:
-        CheckpointError: the disk is full or the folder not writable; the old file is intact.
+        CheckpointError: the disk is full or the folder not writable; says where the old file is.
     """
     path = Path(path)
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getbuffer()
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    outcome = "the file that was there is intact"
     try:
         with open(temporary, "wb") as file:
             file.write(MAGIC)
@@ -46,14 +48,16 @@ def save(path: str | Path, state: dict[str, Any], *, keep_previous: bool = False
             os.fsync(file.fileno())
         if keep_previous and path.exists():
             os.replace(path, previous(path))
+            outcome += f", as {previous(path)}"
         os.replace(temporary, path)
+        outcome = "the new file is in place, but could be lost in a power failure"
         _sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise CheckpointError(
-            f"could not write {path}: {error.strerror or error}; the file that was there is "
-            "intact. Free some space or choose another folder"
+            f"could not write {path}: {error.strerror or error}; {outcome}. "
+            "Free some space or choose another folder"
         ) from error
 
 
@@ -81,7 +85,10 @@ def load(path: str | Path) -> dict[str, Any]:
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever rubbish may cause
-        raise CheckpointError(f"{path} holds more than plain tensors and is refused") from error
+        raise CheckpointError(
+            f"{path} holds more than plain tensors, which might run code, and is refused; use a "
+            "file that this program wrote"
+        ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a dict")
     return state
@@ -117,7 +124,7 @@ def save_quantized(model: nn.Module, config: QuantizationConfig, path: str | Pat
 
 
 def load_quantized(path: str | Path, architecture: nn.Module) -> nn.Module:
-    """Read a quantized network back, in eval mode, with the same predictions.
+    """Read a quantized network back, in eval mode, float32, with the same logits.
 
     Args:
         architecture: the full-precision network it was made from; its weights do not matter.
@@ -128,9 +135,11 @@ def load_quantized(path: str | Path, architecture: nn.Module) -> nn.Module:
     state = load(path)
     if set(state) != {"config", "model"}:
         raise CheckpointError(f"{path} is not a quantized network; it holds {sorted(state)}")
+    architecture = copy.deepcopy(architecture).float()
     model, _ = build_student(architecture, QuantizationConfig(**state["config"]))
     load_matching(model, state["model"], str(path))
-    return model
+    # As it was trained: another memory format would round differently.
+    return model.to(memory_format=torch.channels_last)
 
 
 def load_matching(model: nn.Module, state: dict[str, Any], source: str) -> None:

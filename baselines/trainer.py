@@ -59,8 +59,8 @@ class Trainer:
     """A run of a method, step by step.
 
     Args:
-        teacher: a trained classifier, images -> logits (N, C), with BatchNorm; it is copied and
-            left as it is.
+        teacher: a trained classifier, images -> logits (N, C), with BatchNorm; it is copied, in
+            float32, and left as it is.
         method, recipe: what to learn from and how.
         config: bits and quantizers.
         image_shape: (channels, s, s).
@@ -96,7 +96,7 @@ class Trainer:
         with torch.no_grad():
             probe = torch.zeros(2, *image_shape, device=self.device)
             self.num_classes = check_logits_shape(self.teacher(probe))
-        student, self.policy = build_student(teacher, config)
+        student, self.policy = build_student(copy.deepcopy(teacher).float(), config)
         self.student = self._place(student.requires_grad_(True))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -214,7 +214,7 @@ class Trainer:
             return network(*inputs)
 
     def _place(self, network: nn.Module) -> nn.Module:
-        return network.to(self.device, memory_format=torch.channels_last)
+        return network.to(self.device, torch.float32, memory_format=torch.channels_last)
 
     def sample_images(self, n: int, seed: int = 0) -> Tensor:
         """n images of the present generator, (n, C, s, s) float32; the run is left untouched."""

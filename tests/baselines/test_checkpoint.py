@@ -4,12 +4,13 @@ import contextlib
 import errno
 import hashlib
 import io
+import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from baselines import load_quantized, save_quantized
 from baselines.checkpoint import DIGEST_SIZE, MAGIC, load, load_newest, previous, save
 from baselines.errors import CheckpointError
 from baselines.student import QuantizationConfig, build_student
+from tests import hostile
 from tests.baselines import Tiny, bits, images, same_state
 
 STATE = {
@@ -83,25 +85,40 @@ def test_previous(path):
 # Damage
 
 
-def test_flipped_bits(path):
-    save(path, STATE)
+def falls_back(path):
+    """The newest is refused by name, and the one before it is taken."""
+    refused(path)
+    with pytest.warns(UserWarning, match="going on from .*previous"):
+        assert load_newest(path)["i"] == 0
+
+
+def test_flipped_bits(path, campaign):
+    save(path, state(0))
+    save(path, STATE, keep_previous=True)
     content, g = path.read_bytes(), np.random.default_rng(0)
     header = len(MAGIC) + DIGEST_SIZE
-    places = [*range(0, header, 7), *g.integers(header, len(content), size=60)]
+    later = campaign.size(60, 1000 - header)
+    places = [*range(0, header, campaign.size(7, 1)), *g.integers(header, len(content), later)]
     for place in places:
         damaged = bytearray(content)
         damaged[place] ^= 1 << g.integers(8)
         path.write_bytes(damaged)
-        refused(path, "damaged")
+        campaign.count("single flipped bits", files=1)
+        falls_back(path)
+        campaign.count("single flipped bits", named_CheckpointErrors=1)
 
 
-def test_truncations_and_additions(path):
-    save(path, STATE)
+def test_truncations_and_additions(path, campaign):
+    save(path, state(0))
+    save(path, STATE, keep_previous=True)
     content, g = path.read_bytes(), np.random.default_rng(1)
     lengths = [0, 1, len(MAGIC), len(MAGIC) + DIGEST_SIZE, len(content) - 1]
-    for length in [*lengths, *g.integers(0, len(content), size=60)]:
+    more = campaign.size(60, 500) - len(lengths)
+    for length in [*lengths, *g.choice(len(content), more, replace=False)]:
         path.write_bytes(content[:length])
-        refused(path)
+        campaign.count("truncations", files=1)
+        falls_back(path)
+        campaign.count("truncations", named_CheckpointErrors=1)
     path.write_bytes(content + b"\0")
     refused(path, "damaged")
 
@@ -193,14 +210,18 @@ def test_a_full_disk(path, monkeypatch, function, call, keep_previous):
 
     monkeypatch.setattr(os, function, full)
     written = call == 2 and function == "replace" and not keep_previous  # there is no second
-    refusal = pytest.raises(CheckpointError, match="No space left")
+    # The folder is synced last: the new file is already there.
+    last = (function, call) == ("fsync", 2)
+    moved = call == 2 and function == "replace"  # the old file, before the new one came
+    told = "new file is in place" if last else "intact, as .*previous" if moved else "intact. "
+    refusal = pytest.raises(CheckpointError, match=f"No space left.*{told}")
     with contextlib.nullcontext() if written else refusal:
         save(path, state(2), keep_previous=keep_previous)
     monkeypatch.undo()
     assert {*names(path)} <= {"run.pt", "run.pt.previous"}
-    # The folder is synced last: the new file is already there.
-    last = written or (function, call) == ("fsync", 2)
-    assert load_newest(path)["i"] == (2 if last else 1)
+    assert load_newest(path)["i"] == (2 if last or written else 1)
+    if not (last or written):
+        assert load(previous(path) if moved else path)["i"] == 1
     save(path, state(3), keep_previous=keep_previous)
     assert load(path)["i"] == 3
 
@@ -224,34 +245,68 @@ def test_a_write_that_fails_half_way(path, monkeypatch):
     assert load(path)["i"] == 1
 
 
+FULL = "full disks"
+
+
+def full_disk(campaign, path, size):
+    """Saving a state of that size fails by name and leaves what was there."""
+    before = {name: path.with_name(name).read_bytes() for name in names(path)}
+    campaign.count(FULL, saves=1)
+    with pytest.raises(CheckpointError, match=rf"could not write {path}.*intact. Free some space"):
+        save(path, {"i": 2, "tensor": torch.zeros(size, dtype=torch.uint8)}, keep_previous=True)
+    assert {name: path.with_name(name).read_bytes() for name in names(path)} == before
+    assert load_newest(path)["i"] == 1
+    campaign.count(FULL, named_errors_with_the_old_file_intact=1)
+
+
+def test_a_really_full_disk(small_disk, campaign):
+    path, g = small_disk / "run.pt", np.random.default_rng(3)
+    save(path, state(1))
+    filler = small_disk / "filler"
+    for free in g.integers(0, 150_000, size=campaign.size(5, 100)):
+        filler.write_bytes(b"")
+        disk = os.statvfs(small_disk)
+        filler.write_bytes(bytes(disk.f_bavail * disk.f_frsize - free))
+        full_disk(campaign, path, 160_000)
+    filler.unlink()
+    save(path, state(3))
+    assert load(path)["i"] == 3
+
+
+def test_a_file_that_may_not_grow(path, campaign):
+    save(path, state(1))
+    g, before = np.random.default_rng(4), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in g.integers(0, 100_000, size=campaign.size(5, 100)):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), before[1]))
+            full_disk(campaign, path, 100_000)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    save(path, state(3))
+    assert load(path)["i"] == 3
+
+
 # Hostile files
 
 
-class Malicious:
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return Path.touch, (self.marker,)
-
-
-@pytest.mark.parametrize("how", ["pickle", "zip", "legacy"])
-@pytest.mark.parametrize("reader", [load, load_newest, lambda p: load_quantized(p, Tiny())])
-def test_a_malicious_pickle_does_not_run(path, how, reader):
-    marker = path.parent / "marker"
-    content = {"config": {}, "model": {"weight": Malicious(marker)}}
-    if how == "pickle":
-        payload = pickle.dumps(content, protocol=2)
-    else:
-        torch.save(content, buffer := io.BytesIO(), _use_new_zipfile_serialization=how == "zip")
-        payload = buffer.getvalue()
-    path.write_bytes(sealed(payload))
-    with pytest.raises(CheckpointError, match="refused"):
-        reader(path)
-    assert not marker.exists()
-    if how == "pickle":  # the trap is a real one
-        pickle.loads(payload)
-        assert marker.exists()
+@pytest.mark.parametrize("name", hostile.TRAPS)
+@pytest.mark.parametrize("container", hostile.CONTAINERS)
+def test_a_malicious_pickle_does_not_run(path, campaign, monkeypatch, name, container):
+    canary = path.parent / "canary"
+    monkeypatch.syspath_prepend(canary.parent)
+    pickled = hostile.trap(name, canary)
+    content = hostile.contained(pickled, container)
+    for reader in (load, load_newest, lambda p: load_quantized(p, Tiny())):
+        for what, part in ((sealed(content), "refused.*use a file that"), (content, "not a check")):
+            path.write_bytes(what)
+            with pytest.raises(CheckpointError, match=part):
+                reader(path)
+    assert not canary.exists()
+    assert "agm_trap" not in sys.modules
+    pickle.loads(pickled)  # the trap is a real one
+    assert canary.exists()
+    sys.modules.pop("agm_trap", None)
+    campaign.count("malicious pickles as a checkpoint", files=1, executed=0)
 
 
 def test_a_whole_module_is_refused(path):
@@ -312,37 +367,59 @@ def test_a_quantized_network_keeps_its_settings(path):
 # Kills
 
 SAVING_LOOP = """
-import os, random, signal, sys
+import json, os, random, signal, sys, time
 import torch
 from baselines.checkpoint import load_newest, save
 
 torch.set_num_threads(1)  # threads do not survive a fork
-path, keep = sys.argv[1], sys.argv[2] == "keep"
-draw, start = random.Random(0), 0
-for _ in range(6):
+path, keep, kills, seed = sys.argv[1], sys.argv[2] == "keep", int(sys.argv[3]), int(sys.argv[4])
+draw, start, stale = random.Random(seed), 0, 0
+
+def state(i):
+    return {"i": i, "tensor": torch.full((100_000,), float(i))}
+
+begin = time.perf_counter()
+save(path, state(0), keep_previous=keep)
+duration = time.perf_counter() - begin
+for _ in range(kills):
     read, write = os.pipe()
     child = os.fork()
     if not child:
         i = start
         while True:
             i += 1
-            save(path, {"i": i, "tensor": torch.full((100_000,), float(i))}, keep_previous=keep)
+            save(path, state(i), keep_previous=keep)
             os.write(write, b".")
-    acknowledged = start + sum(len(os.read(read, 1)) for _ in range(draw.randint(1, 4)))
-    for _ in range(draw.randint(0, 30_000)):  # somewhere in the saves that follow
+    os.close(write)
+    acknowledged = start
+    for _ in range(draw.randint(0, 3)):
+        acknowledged += len(os.read(read, 1))
+    moment = time.perf_counter() + draw.uniform(0, 2 * duration)
+    while time.perf_counter() < moment:  # anywhere in the saves that follow
         pass
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    state = load_newest(path)
-    assert state["i"] >= acknowledged, (state["i"], acknowledged)
-    assert (state["tensor"] == state["i"]).all()
+    while more := os.read(read, 4096):
+        acknowledged += len(more)
+    os.close(read)
+    stale += any(name.endswith(".tmp") for name in os.listdir(os.path.dirname(path)))
+    state_now = load_newest(path)
+    # At most the interval in which it was killed is lost.
+    assert acknowledged <= state_now["i"] <= acknowledged + 1, (state_now["i"], acknowledged)
+    assert (state_now["tensor"] == state_now["i"]).all()
     assert {*os.listdir(os.path.dirname(path))} <= {"run.pt", "run.pt.previous"}
-    start = state["i"]
+    start = state_now["i"]
+print(json.dumps({"kills": kills, "in_the_midst_of_a_file": stale, "recovered": kills}))
 """
 
 
 @pytest.mark.parametrize("keep", ["keep", "drop"])
-def test_killed_while_saving(path, keep):
-    command = [sys.executable, "-W", "error::UserWarning", "-c", SAVING_LOOP, str(path), keep]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+def test_killed_while_saving(path, campaign, keep):
+    kills = campaign.size(6, 100)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", SAVING_LOOP, path, keep, str(kills),
+         str(len(keep))],
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    campaign.count("kill -9 while saving", **json.loads(done.stdout), temporary_files_left=0)
