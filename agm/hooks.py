@@ -80,11 +80,15 @@ class AGM:
       network, bit width and number of classes;
     * mean and std follow d itself: running averages of its batch mean and batch variance;
     * weight holds the norm of this term's gradient at the images at ``ratio`` times that of the
-      generator's other terms. It is measured every ``interval`` calls (two extra backward passes
-      to the images) and averaged; without ``other_terms`` it stays 1.
+      generator's other terms. It is measured every ``interval`` evaluations (two extra backward
+      passes to the images) and averaged; without ``other_terms`` it stays 1.
 
     The student's batch is interpolated (:class:`agm.LinearInterpolation`); the trainer then asks
     the teacher about the new images.
+
+    The two take turns, the loss first. Each is the dearer of the two only with the other in the
+    same step: the loss needs the student's forward on the generated images, which is free where
+    the student then learns from these images as they are.
 
     Args:
         loss, interpolation: switch either part off (default: both on).
@@ -92,7 +96,8 @@ class AGM:
             (teacher_logits, student_logits) -> (N,).
         ratio: of the gradients' norms, > 0 (default 0.1, see ``benchmarks/results/ablation.md``).
         decay: of the running averages, in [0, 1) (default 0.95).
-        interval: calls between two measurements of the weight, >= 1 (default 10).
+        interval: evaluations from one measurement of the weight to the next, >= 1 (default 10).
+        alternate: take turns (default); False for both in every call.
         seed: of the interpolation's own random generator.
 
     Source: Luo et al., IEEE TCSVT 2024, doi 10.1109/TCSVT.2024.3399311; how margin and weight adapt
@@ -108,6 +113,7 @@ class AGM:
         ratio: float = 0.1,
         decay: float = 0.95,
         interval: int = 10,
+        alternate: bool = True,
         seed: int = 0,
     ) -> None:
         if not 0 < ratio < math.inf:
@@ -118,7 +124,7 @@ class AGM:
             raise AgmValueError(f"interval must be >= 1, got {interval!r}")
         self.discrepancy = resolve_discrepancy(discrepancy)
         self.ratio, self.decay, self.interval = ratio, decay, interval
-        self.loss, self.interpolation = loss, interpolation
+        self.loss, self.interpolation, self.alternate = loss, interpolation, alternate
         self.mix = LinearInterpolation(seed=seed)
         self.num_classes: int | None = None
         self.calls = 0
@@ -144,10 +150,13 @@ class AGM:
             other_terms: the generator's loss without this term, a scalar depending on ``images``.
 
         Returns:
-            A scalar of the logits' dtype.
+            A scalar of the logits' dtype; 0, without a call of the student, in the interpolation's
+            turn.
         """
         self.num_classes = teacher_logits.shape[-1]
-        if not self.loss:
+        evaluation, other_turn = divmod(self.calls, 2) if self.alternate else (self.calls, 0)
+        self.calls += 1
+        if not self.loss or other_turn:
             return teacher_logits.new_zeros(())
         with frozen_parameters(student) if isinstance(student, nn.Module) else nullcontext():
             student_logits = student(images)
@@ -157,9 +166,8 @@ class AGM:
             self._follow("variance", d.var(correction=0))
         std = self.running["variance"].sqrt()
         term = expected_margin(d, self.running["mean"], std).mean()
-        if other_terms is not None and self.calls % self.interval == 0:
+        if other_terms is not None and evaluation % self.interval == 0:
             self._follow("weight", self._balance(term, other_terms, images))
-        self.calls += 1
         return (term * self.running.get("weight", 1.0)).to(teacher_logits.dtype)
 
     def student_batch(self, *, images: Tensor, labels: Tensor | None = None) -> Any:
@@ -172,9 +180,10 @@ class AGM:
 
         Returns:
             Images, or (images, soft labels) if labels were given; as they came without
-            interpolation. The teacher must be asked again about new images.
+            interpolation, or after a call of :meth:`generator_loss` that was the loss's turn. The
+            teacher must be asked again about new images.
         """
-        if not self.interpolation:
+        if not self.interpolation or (self.alternate and self.calls % 2):
             return images if labels is None else (images, labels)
         if labels is None:
             return self.mix(images)

@@ -1,5 +1,8 @@
 """Image generators: a latent to an image, by two nearest-neighbour upsamplings."""
 
+from itertools import product
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,9 +37,9 @@ class Decoder(nn.Module):
         self.start = (width, image_size // 4, image_size // 4)
         self.linear = nn.Linear(latent_dim, width * (image_size // 4) ** 2)
         self.norm0 = ClassNorm(width, 1e-5, num_classes)
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv1 = UpsampledConv2d(width, width, 3, padding=1)
         self.norm1 = ClassNorm(width, 0.8, num_classes)
-        self.conv2 = nn.Conv2d(width, width // 2, 3, padding=1)
+        self.conv2 = UpsampledConv2d(width, width // 2, 3, padding=1)
         self.norm2 = ClassNorm(width // 2, 0.8, num_classes)
         self.conv3 = nn.Conv2d(width // 2, channels, 3, padding=1)
         self.standardise = nn.BatchNorm2d(channels, affine=False)
@@ -44,8 +47,8 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         x = self.linear(latents).view(-1, *self.start)
         x = self.norm0(x, labels)
-        x = F.leaky_relu(self.norm1(self.conv1(upsample(x)), labels), 0.2)
-        x = F.leaky_relu(self.norm2(self.conv2(upsample(x)), labels), 0.2)
+        x = F.leaky_relu(self.norm1(self.conv1(x), labels), 0.2, inplace=True)
+        x = F.leaky_relu(self.norm2(self.conv2(x), labels), 0.2, inplace=True)
         return self.standardise(torch.tanh(self.conv3(x)))
 
 
@@ -68,9 +71,62 @@ class ClassNorm(nn.Module):
         return x * self.gain(labels)[..., None, None] + self.shift(labels)[..., None, None]
 
 
-def upsample(x: Tensor) -> Tensor:
-    """Nearest neighbour, x2."""
-    return F.interpolate(x, scale_factor=2, mode="nearest")
+class UpsampledConv2d(nn.Conv2d):
+    """A 3 x 3 convolution, padding 1, of the image upsampled x2 (nearest neighbour)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return upsampled_convolution(x, self.weight, self.bias)
+
+
+def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """conv2d(upsample(x), weight, bias, padding=1), from 2.25 times fewer multiply-adds.
+
+    A 3 x 3 window of the upsampled image holds only 2 x 2 different pixels, so each of the four
+    phases (row and column of the output, modulo 2) is a 2 x 2 convolution of x with sums of the
+    weights: (a, b + c) for an even place and (a + b, c) for an odd one, in each direction.
+
+    Args:
+        x: (N, I, h, w); weight: (O, I, 3, 3); bias: (O,). Returns (N, O, 2h, 2w).
+    """
+    for dim in (2, 3):  # (O, I, 3, 3) -> (2, 2, O, I, 2, 2), a phase and a tap a direction
+        a, b, c = weight.unbind(dim - 4)
+        weight = torch.stack([torch.stack([a, b + c], dim - 4), torch.stack([a + b, c], dim - 4)])
+    kernel = weight.transpose(0, 1).flatten(0, 2).contiguous(memory_format=torch.channels_last)
+    return _Interleave.apply(F.conv2d(x, kernel, bias.repeat(4), padding=1))
+
+
+class _Interleave(torch.autograd.Function):
+    """(N, 4 O, h + 1, w + 1) -> (N, O, 2h, 2w); (2i + p, 2j + q) is (i + p, j + q) of a phase."""
+
+    @staticmethod
+    def forward(ctx: Any, phases: Tensor) -> Tensor:
+        n, channels, h, w = phases.shape
+        images = torch.empty(
+            (n, channels // 4, 2 * (h - 1), 2 * (w - 1)),
+            dtype=phases.dtype, device=phases.device, memory_format=torch.channels_last,
+        )  # fmt: skip
+        for image, phase in _places(images, phases):
+            image.copy_(phase)
+        return images
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        n, channels, h, w = grad.shape
+        phases = torch.empty(
+            (n, 4 * channels, h // 2 + 1, w // 2 + 1),
+            dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last,
+        ).zero_()  # fmt: skip
+        for image, phase in _places(grad, phases):
+            phase.copy_(image)
+        return phases
+
+
+def _places(images: Tensor, phases: Tensor) -> list[tuple[Tensor, Tensor]]:
+    h, w = images.shape[2] // 2, images.shape[3] // 2
+    return [
+        (images[:, :, p::2, q::2], phase[:, :, p : p + h, q : q + w])
+        for (p, q), phase in zip(product((0, 1), (0, 1)), phases.chunk(4, 1), strict=True)
+    ]
 
 
 class LabelledGenerator(nn.Module):

@@ -19,13 +19,14 @@ Teacher and student stay in eval mode, the generator in train mode.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from agm import Hook, frozen_parameters
+from agm import Hook
 from agm.hooks import Network
 from baselines.bn_stats import batch_norm_statistics
 from baselines.errors import CheckpointError, ConfigError, NonFiniteLossError
@@ -122,19 +123,31 @@ class Trainer:
         self.generator_optimizer.param_groups[0]["lr"] = self.recipe.generator_lr * factor
         self.student_optimizer.param_groups[0]["lr"] = self.recipe.student_lr * factor
         latents, labels = self.generator.sample(self.recipe.batch_size, self.rng)
-        images = self._run(self.generator, *latents)
-        teacher_logits, generator_terms = self._generator_terms(images, labels)
-        differentiate(self.generator_optimizer, generator_terms)
-        images, teacher_logits = images.detach(), teacher_logits.detach()
-        student_terms = {}
-        if not self.warming_up:
-            student_terms = self._student_terms(images, teacher_logits, labels)
+        with parametrize.cached():  # the student's weights are quantized once a step
+            generated = self._run(self.generator, *latents)
+            images = generated.detach().requires_grad_()
+            student = Remembered(lambda x: self._run(self.student, x).float())
+            teacher_logits, generator_terms = self._generator_terms(images, labels, student)
+            # To the images first, then into the generator: its graph is gone before the student's
+            # turn, and the student's parameters get no gradient from the generator's loss.
+            (gradient,) = torch.autograd.grad(
+                total(generator_terms), images, retain_graph=student.output is not None
+            )
+            self.generator_optimizer.zero_grad(set_to_none=True)
+            generated.backward(gradient)
+            del generated
+            student_terms = {}
+            if not self.warming_up:
+                student_terms = self._student_terms(
+                    images, labels, teacher_logits.detach(), student
+                )
         named = {f"G/{name}": term for name, term in generator_terms.items()}
         named |= {f"Q/{name}": term for name, term in student_terms.items()}
         self._refuse_non_finite(named)
         self.generator_optimizer.step()
         if student_terms:
-            differentiate(self.student_optimizer, student_terms)
+            self.student_optimizer.zero_grad(set_to_none=True)
+            total(student_terms).backward(inputs=list(self.student.parameters()))
             self.student_optimizer.step()
         elif self.step_count >= self.recipe.warmup_steps - self.recipe.observe_steps:
             with observing(self.student), torch.no_grad():
@@ -142,44 +155,46 @@ class Trainer:
         self.step_count += 1
         return {name: term.detach() for name, term in named.items()}
 
-    def _generator_terms(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _generator_terms(
+        self, images: Tensor, labels: Tensor, student: "Remembered"
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The teacher's logits, and the generator's loss."""
         with batch_norm_statistics(self.teacher) as statistics:
             teacher_logits = self._run(self.teacher, images).float()
-        with frozen_parameters(self.student):
-            student = remembered(lambda x: self._run(self.student, x).float())
-            terms = self.method.generator_terms(
+        terms = self.method.generator_terms(
+            images=images,
+            labels=labels,
+            teacher_logits=teacher_logits,
+            bns=statistics.loss(),
+            student=student,
+        )
+        for i, hook in enumerate(() if self.warming_up else self.hooks):
+            name = type(hook).__name__
+            term = hook.generator_loss(
                 images=images,
-                labels=labels,
                 teacher_logits=teacher_logits,
-                bns=statistics.loss(),
                 student=student,
+                other_terms=total(terms),
             )
-            for i, hook in enumerate(() if self.warming_up else self.hooks):
-                name = type(hook).__name__
-                term = hook.generator_loss(
-                    images=images,
-                    teacher_logits=teacher_logits,
-                    student=student,
-                    other_terms=total(terms),
-                )
-                term = torch.as_tensor(term, device=self.device)  # a hook may return a plain 0
-                terms[f"{name}{i}" if name in terms else name] = term
+            term = torch.as_tensor(term, device=self.device)  # a hook may return a plain 0
+            terms[f"{name}{i}" if name in terms else name] = term
         return teacher_logits, terms
 
     def _student_terms(
-        self, images: Tensor, teacher_logits: Tensor, labels: Tensor
+        self, images: Tensor, labels: Tensor, teacher_logits: Tensor, student: "Remembered"
     ) -> dict[str, Tensor]:
         """The student's loss, on what the hooks make of the images."""
-        batch, version = images, images._version
+        generated = images.detach()
+        batch, version = generated, generated._version
         for hook in self.hooks:
             batch, labels = hook.student_batch(images=batch, labels=labels)
-        if batch is not images or images._version != version:
+        if batch is generated and generated._version == version:
+            batch = images  # which the student may have seen already
+        else:
             with torch.no_grad():
                 teacher_logits = self._run(self.teacher, batch).float()
-        student_logits = self._run(self.student, batch).float()
         return self.method.student_terms(
-            student_logits=student_logits, teacher_logits=teacher_logits, labels=labels
+            student_logits=student(batch), teacher_logits=teacher_logits, labels=labels
         )
 
     def _refuse_non_finite(self, terms: dict[str, Tensor]) -> None:
@@ -244,22 +259,18 @@ def total(terms: dict[str, Tensor]) -> Tensor:
     return first
 
 
-def differentiate(optimizer: torch.optim.Optimizer, terms: dict[str, Tensor]) -> None:
-    """The gradient of the sum of the terms, in place of an older one."""
-    optimizer.zero_grad(set_to_none=True)
-    total(terms).backward()
+class Remembered:
+    """``network``, run once for the same tensor: method, hooks and student share a forward."""
 
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.images: Tensor | None = None
+        self.output: Tensor | None = None
 
-def remembered(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """``network``, run once for the same tensor: method and hooks share its forward."""
-    last: list[Tensor] = []
-
-    def call(images: Tensor) -> Tensor:
-        if not last or last[0] is not images:
-            last[:] = [images, network(images)]
-        return last[1]
-
-    return call
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.output is None or self.images is not images:
+            self.images, self.output = images, self.network(images)
+        return self.output
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

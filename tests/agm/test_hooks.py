@@ -119,7 +119,7 @@ def test_frozen_parameters_nest():
 
 @given(seeds, st.integers(1, 5), decays, st.integers(1, 5), st.integers(1, 5))
 def test_margin_follows_d_as_written_out(seed, n, decay, batch, classes):
-    hook, mean, variance = AGM(decay=decay), None, None
+    hook, mean, variance = AGM(decay=decay, alternate=False), None, None
     for step in steps(seed, n, batch=batch, classes=classes):
         del step["other_terms"]
         got = hook.generator_loss(**step)
@@ -143,7 +143,7 @@ def test_margin_follows_d_as_written_out(seed, n, decay, batch, classes):
 
 @given(seeds, log_uniform(-2, 2), st.integers(1, 4), st.booleans())
 def test_gradient_is_ratio_times_the_others(seed, ratio, n, logits_given):
-    hook = AGM(ratio=ratio, decay=0, interval=1)
+    hook = AGM(ratio=ratio, decay=0, interval=1, alternate=False)
     for step in steps(seed, n):
         x, others = step["images"], step["other_terms"]
         if logits_given:
@@ -157,8 +157,8 @@ def test_gradient_is_ratio_times_the_others(seed, ratio, n, logits_given):
 
 @given(seeds, log_uniform(-2, 2), decays, st.integers(1, 4), st.integers(1, 9))
 def test_weight_follows_as_written_out(seed, ratio, decay, interval, n):
-    hook = AGM(ratio=ratio, decay=decay, interval=interval)
-    plain, weight = AGM(ratio=ratio, decay=decay, interval=interval), None
+    settings = {"ratio": ratio, "decay": decay, "interval": interval, "alternate": False}
+    hook, plain, weight = AGM(**settings), AGM(**settings), None
     for i, step in enumerate(steps(seed, n)):
         x, others = step["images"], step.pop("other_terms")
         term = plain.generator_loss(**step)  # without other terms the weight is 1
@@ -187,7 +187,7 @@ def test_the_margin_and_the_weight_are_constants_to_autograd(seed):
 
 @given(seeds, st.integers(1, 3))
 def test_equal_networks_keep_the_weight_and_stay_finite(seed, n):
-    hook = AGM(interval=1)
+    hook = AGM(interval=1, alternate=False)
     for step in steps(seed, n):
         step["student"] = lambda x, t=step["teacher_logits"]: t
         got = hook.generator_loss(**step)
@@ -215,7 +215,7 @@ def test_only_the_generator_feels_its_step(seed, with_others, with_grads):
     if with_grads:
         for p in itertools.chain(teacher.parameters(), student.parameters()):
             p.grad = torch.ones_like(p)
-    before, hook = bits(teacher, student), AGM(interval=2)
+    before, hook = bits(teacher, student), AGM(interval=2, alternate=False)
     for _ in range(2):
         images = generator(torch.randn(3, 5, generator=rng(seed)))
         with frozen_parameters(teacher):
@@ -232,7 +232,8 @@ def test_only_the_generator_feels_its_step(seed, with_others, with_grads):
 
 def test_descent_drives_the_networks_apart():
     teacher, student, generator = classifier(0), classifier(3), image_generator()
-    z, hook = torch.randn(16, 5, generator=rng(0)), AGM(decay=0.99)
+    z = torch.randn(16, 5, generator=rng(0))
+    hook = AGM(decay=0.99, alternate=False)
 
     def apart():
         images = generator(z)
@@ -266,7 +267,7 @@ def test_other_terms_are_read_only(seed):
 @given(seeds, dtypes, st.integers(1, 6), st.booleans())
 def test_batch_is_the_interpolation_of_its_seed(seed, dtype, n, soft):
     x = torch.randn(n, 3, 2, generator=rng(seed)).to(dtype)
-    hook, mix = AGM(seed=seed), LinearInterpolation(seed=seed)
+    hook, mix = AGM(seed=seed, alternate=False), LinearInterpolation(seed=seed)
     assert same_bits(hook.student_batch(images=x), mix(x))
     if soft:
         labels, more = torch.rand(n, 3, generator=rng(seed)).softmax(1), {}
@@ -278,6 +279,31 @@ def test_batch_is_the_interpolation_of_its_seed(seed, dtype, n, soft):
         hook.student_batch(images=x, labels=labels), mix(x, labels, **more), strict=True
     ):
         assert same_bits(a, b)
+
+
+@given(seeds, decays, st.integers(1, 3), st.integers(1, 7))
+def test_loss_and_interpolation_take_turns(seed, decay, interval, n):
+    settings = {"decay": decay, "interval": interval, "seed": seed}
+    hook, always = AGM(**settings), AGM(**settings, alternate=False)
+    mix, calls = LinearInterpolation(seed=seed), []
+    for i, step in enumerate(steps(seed, n)):
+        x, student = step["images"], step["student"]
+        y = torch.randint(3, (len(x),), generator=rng(seed + i))
+        step["student"] = lambda x, student=student: calls.append(x) or student(x)
+        got = hook.generator_loss(**step)
+        images, labels = hook.student_batch(images=x.detach(), labels=y)
+        if i % 2:
+            assert same_bits(got, torch.zeros((), dtype=torch.float64))
+            assert calls == []
+            mixed, soft = mix(x.detach(), y, num_classes=3)
+            assert same_bits(images, mixed)
+            assert same_bits(labels, soft)
+        else:
+            assert calls.pop() is x
+            assert same_bits(got, always.generator_loss(**step))
+            calls.clear()
+            assert same_bits(images, x.detach())
+            assert labels is y
 
 
 @given(seeds)
@@ -300,7 +326,7 @@ def test_switched_off_parts_do_nothing(seed):
 
 def test_class_count_is_known_without_the_loss():
     (step,) = steps(0, 1)
-    hook = AGM(loss=False)
+    hook = AGM(loss=False, alternate=False)
     hook.generator_loss(**step)
     _, soft = hook.student_batch(images=torch.zeros(2, 5), labels=torch.tensor([0, 1]))
     assert soft.shape == (2, 3)

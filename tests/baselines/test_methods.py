@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -17,6 +18,7 @@ from baselines import METHODS, adadfq, gdfq, qimera
 from baselines.adadfq import AdaDFQ, normalised_entropy
 from baselines.errors import ConfigError, UnsupportedLayerError
 from baselines.gdfq import GDFQ
+from baselines.generators import upsampled_convolution
 from baselines.qimera import Qimera
 from tests.baselines import Tiny, cross_entropy_of, entropy_of, images, kl_of, weights
 from tests.baselines.strategies import logit_batches
@@ -331,6 +333,24 @@ def convolve(x, weight, bias):
         window = x[:, :, i : i + 3, j : j + 3].reshape(n, -1)
         out[:, :, i, j] = window @ weight.reshape(len(weight), -1).T + bias
     return out
+
+
+@given(seeds, *[st.integers(1, 4)] * 5)
+def test_upsampled_convolution_and_its_gradients(seed, n, channels, outputs, height, width):
+    g = rng(seed)
+    shapes = (n, channels, height, width), (outputs, channels, 3, 3), (outputs,)
+    inputs = [torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes]
+    got = upsampled_convolution(*inputs)
+    x, weight, bias = inputs
+    want = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)
+    assert torch.allclose(got, want, rtol=1e-12, atol=1e-12)
+    direction = torch.randn(got.shape, generator=g, dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad(got, inputs, direction),
+        torch.autograd.grad(want, inputs, direction),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["gdfq", "adadfq"])

@@ -14,7 +14,7 @@ from agm import AGM, AgmError
 from baselines import METHODS, gdfq
 from baselines.errors import CheckpointError, ConfigError, NonFiniteLossError
 from baselines.student import QuantizationConfig
-from baselines.trainer import Trainer
+from baselines.trainer import Remembered, Trainer
 from tests.baselines import Tiny, bits, images, same_state, weights
 
 SMALL = {name: replace(module.paper(8)[0], width=4, latent_dim=6)
@@ -151,7 +151,7 @@ def test_a_hook_may_return_its_neutral_values(zero):
 def test_an_add_on_changes_the_run_after_the_warmup_alone(method, hooks):
     plain, joined = make(method), make(method, hooks)
     assert train(plain, WARMUP) == train(joined, WARMUP)
-    train(plain, 2), train(joined, 2)
+    train(plain, 3), train(joined, 3)  # the interpolation's turn is the second
     assert weights(plain.student) != weights(joined.student)
     same = weights(plain.generator) == weights(joined.generator)
     # Interpolation reaches the generator only through the student that it asks.
@@ -232,22 +232,23 @@ class Counting(Tiny):
 @pytest.mark.parametrize(
     ("hooks", "forwards"),
     [
-        (lambda: (), 1),
-        (lambda: (Hook(),), 1),
-        (lambda: (AGM(interpolation=False),), 1),
-        (lambda: (AGM(loss=False, interpolation=False),), 1),
-        (lambda: (AGM(),), 2),
-        (lambda: (Hook(), AGM(loss=False)), 2),
-        (lambda: (Hook(lambda x: x + 1), Hook()), 2),
+        (lambda: (), 2),
+        (lambda: (Hook(),), 2),
+        (lambda: (AGM(interpolation=False),), 2),
+        (lambda: (AGM(loss=False, interpolation=False),), 2),
+        (lambda: (AGM(),), 3),
+        (lambda: (Hook(), AGM(loss=False)), 3),
+        (lambda: (Hook(), AGM(loss=False, alternate=False)), 4),
+        (lambda: (Hook(lambda x: x + 1), Hook()), 4),
     ],
-    ids=["none", "idle", "loss", "disabled", "both", "interpolation", "changed"],
+    ids=["none", "idle", "loss", "disabled", "both", "interpolation", "each", "changed"],
 )
 def test_the_teacher_is_asked_again_only_about_changed_images(method, hooks, forwards):
     trainer = make(method, hooks(), Counting())
     train(trainer, WARMUP)
     Counting.calls = 0
     train(trainer, 2)
-    assert Counting.calls == 2 * forwards
+    assert Counting.calls == forwards
 
 
 class Recording:
@@ -285,6 +286,20 @@ def test_the_student_learns_the_teachers_answers_to_its_images(method, change):
     assert torch.allclose(given["teacher_logits"], trainer.teacher(batch), atol=1e-6)
     assert torch.allclose(given["student_logits"], before(batch), atol=1e-6)
     assert given["labels"] is last.labels[-1]
+
+
+# Not AdaDFQ with the loss: the two terms' gradients at the student's logits are added in another
+# order there.
+@pytest.mark.parametrize(
+    ("method", "hooks"),
+    [("gdfq", "loss"), ("qimera", "loss"), ("adadfq", "none"), ("adadfq", "interpolation")],
+)
+def test_a_shared_forward_changes_nothing(monkeypatch, method, hooks):
+    shared = outcome(make(method, hooks))
+    monkeypatch.setattr(Remembered, "__call__", lambda self, images: self.network(images))
+    terms, end, _ = outcome(make(method, hooks))
+    assert shared[0] == terms
+    assert shared[1] == end
 
 
 def test_hooks_work_in_order_and_each_of_their_terms_counts():
