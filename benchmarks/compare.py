@@ -6,6 +6,7 @@ Without --model it runs on scikit-learn's handwritten digits and needs nothing b
 """
 
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from baselines.checkpoint import fingerprint
 from baselines.run import make_trainer
 from benchmarks import report
 from benchmarks.errors import UsageError
-from benchmarks.process import Stop, locked
+from benchmarks.process import Stop, locked, replacing
 from benchmarks.report import Cell
 from benchmarks.task import Task, load_task
 
@@ -42,11 +43,16 @@ DIGITS_STEPS = 600
 RESULTS = ("accuracy_ptq", "accuracy_last", "seconds", "steps_per_s", "checkpoint")
 
 
+class Parser(argparse.ArgumentParser):
+    """Complains in one line, as of every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see --help")
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line, with every default that needs no model filled in."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # fmt: off
     add = parser.add_argument_group("what to quantize").add_argument
     add("--model", default="digits",
@@ -128,6 +134,13 @@ def grid(args: argparse.Namespace) -> list[Cell]:
         for seed in range(args.first_seed, args.first_seed + args.seeds)
         for arm in args.arms
     ]
+
+
+def constants(recipe: str, image_size: int) -> dict[str, str]:
+    """What the methods and the add-on take where the command line says nothing."""
+    made = {name: str(getattr(method, recipe)(image_size)) for name, method in METHODS.items()}
+    add_on = {p.name: p.default for p in inspect.signature(AGM).parameters.values()}
+    return made | {"agm": str(add_on)}
 
 
 class Comparison:
@@ -220,6 +233,7 @@ class Comparison:
             "teacher_hash": fingerprint(self.task.teacher),
             "data_hash": self.task.data_hash(),
             "image_size": self.task.image_size,
+            "constants": constants(self.args.recipe, self.task.image_size),
         } | self._training()
 
     def _finished(self, cell: Cell) -> Cell | None:
@@ -286,10 +300,8 @@ class Comparison:
         """The quantized network, its images, and last the row, which says that all is there."""
         stem = self.out / cell["name"]
         result.save(stem.with_suffix(".ckpt"))
-        temporary = self.out / f".{cell['name']}.npy.tmp"
-        with temporary.open("wb") as file:
+        with replacing(stem.with_suffix(".npy")) as temporary, temporary.open("wb") as file:
             np.save(file, self.task.pixels(result.images))
-        temporary.replace(stem.with_suffix(".npy"))
         row = cell | {
             "accuracy_fp": self.accuracy_fp,
             "accuracy_ptq": result.accuracies[0] if result.accuracies else None,
@@ -372,6 +384,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print("compare.py: error: " + " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the training, where nothing is to be saved
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

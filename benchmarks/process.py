@@ -1,4 +1,4 @@
-"""Signals that let a step end, and one run a folder."""
+"""Signals that let a step end, one run a folder, and files that are whole or absent."""
 
 import contextlib
 import fcntl
@@ -56,3 +56,19 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
                 f"another run is working in {folder}; wait for it or choose another --out"
             ) from error
         yield
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file to write, which takes the place of ``path`` if nothing goes wrong."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UsageError(
+            f"could not write {path}: {error.strerror or error}; the file that was there is "
+            "intact. Free some space and add --resume, or choose another --out"
+        ) from error

@@ -2,13 +2,14 @@
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
+
+from benchmarks.process import replacing
 
 Cell = dict[str, Any]
 ARMS = ("none", "loss", "interpolation", "both")
@@ -172,10 +173,9 @@ def picture(
                 name = f"{ARM_NAMES[arm]}: generated images, seed {cell['seed']}"
                 axis.set_title(name, fontsize=10)
     figure.suptitle(title, fontsize=11)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
-    os.replace(temporary, path)
 
 
 def mosaic(images: np.ndarray, side: int = 6) -> np.ndarray:
@@ -189,9 +189,8 @@ def mosaic(images: np.ndarray, side: int = 6) -> np.ndarray:
 
 def write_json(path: Path, content: Any) -> None:
     """Atomically; NaN becomes null."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(_finite(content), indent=1) + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(_finite(content), indent=1) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -130,7 +130,7 @@ def build(
         cache_dir: for :func:`digits_teacher`.
 
     Returns:
-        The network in eval mode.
+        The network in eval mode and float32.
 
     Raises:
         TeacherError: an unknown name, a factory that cannot be imported or fails or returns
@@ -161,7 +161,7 @@ def build(
         )
     if weights is not None:
         load_weights(network, weights)
-    return network.eval()
+    return network.eval().float()
 
 
 def accuracy(

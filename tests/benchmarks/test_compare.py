@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,15 @@ import pytest
 import torch
 from PIL import Image
 
+from agm import AGM, AgmError
 from baselines import METHODS, load_quantized
 from baselines import checkpoint as checkpoints
 from baselines.checkpoint import fingerprint
 from baselines.errors import NonFiniteLossError
 from benchmarks import compare, datasets, teachers
-from benchmarks.errors import TeacherError
 from benchmarks.networks import resnet20
 from benchmarks.process import locked
+from tests import hostile
 from tests.baselines import same_state
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compare.py"
@@ -412,6 +414,20 @@ MISTAKES = {
          "--weights", "resnet20.th"),
         ("resnet20.th", "missing keys", "Choose the model"),
     ),
+    "unknown method": (("--baseline", "zeroq"), ("--baseline", "'zeroq'", "gdfq", "--help")),
+    "unknown part": (("--with-agm", "all"), ("--with-agm", "'all'", "interpolation")),
+    "unknown recipe": (("--recipe", "slow"), ("--recipe", "'slow'", "paper")),
+    "unknown option": (("--epochs", 3), ("--epochs", "--help")),
+    "no number": (("--steps", "many"), ("--steps", "'many'")),
+    "no checkpoints": (("--checkpoint-every", 0), ("--checkpoint-every", "at least 1")),
+    "negative seed": (("--first-seed", -1), ("--first-seed", "got -1")),
+    "corrupt weights": (
+        ("--model", "resnet20", "--weights", "corrupt.th"), ("corrupt.th", "damaged", "re-save"),
+    ),
+    "hostile weights": (
+        ("--model", "resnet20", "--weights", "hostile.th"), ("hostile.th", "run code", "re-save"),
+    ),
+    "empty class": ((*OWN, "--data", "empty"), ("no images", "empty/a", "add some")),
     "unknown model": (("--model", "resnet21"), ("'resnet21'", "torchvision:NAME")),
     "unknown torchvision": (("--model", "torchvision:resnet19"), ("'resnet19'", "resnet18")),
     "no such module": (("--model", "nowhere_at_all:f"), ("nowhere_at_all", "current directory")),
@@ -460,11 +476,17 @@ def complaint(*argv: object) -> str:
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes(name, weights, folder, home):
     argv, parts = MISTAKES[name]
+    (home / "corrupt.th").write_bytes(weights.read_bytes()[:1000])
+    (home / "hostile.th").write_bytes(hostile.trap("os.system", home / "canary"))
+    (home / "empty" / "a").mkdir(parents=True)
     where = () if "--resume" in argv else ("--out", "run")
     line = complaint(*BRIEF, *argv, *where)
     for part in parts:
         assert part in line
     assert list(files(home / "run")) in ([], [".lock"])
+    assert not (home / "canary").exists()
+    with pytest.raises(AgmError):  # which Python shows with its traceback
+        compare.main([*BRIEF, *(str(a) for a in argv), *where, "--debug"])
 
 
 def test_a_file_that_is_no_image(folder, home):
@@ -483,9 +505,41 @@ def test_an_output_folder_that_cannot_be(out):
     assert Path("nets.py").read_text() == NETS
 
 
-def test_debug_shows_where_a_mistake_came_to_light():
-    with pytest.raises(TeacherError, match="unknown model"):
-        compare.main(["--model", "resnet21", "--debug"])
+def test_interrupted_before_the_training(monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "load_task", interrupted)
+    assert call(*BRIEF, "--out", "run") == (130, "", "")
+
+
+@pytest.mark.parametrize("free", [0, 8192, 65536])
+def test_a_full_disk(small_disk, free):
+    argv = (*BRIEF3, "--steps", 4, "--checkpoint-every", 2, "--with-agm")
+    out, disk = small_disk / "run", os.statvfs(small_disk)
+    out.mkdir()
+    (small_disk / "filler").write_bytes(bytes(disk.f_bavail * disk.f_frsize - free))
+    status, _, err = call(*argv, "--out", out)
+    assert status == 2
+    assert "No space left on device" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not [n for n in files(out) if n.endswith(".tmp")]
+    shutil.copytree(out, "run")
+    ok(*argv, "--out", "run", "--resume")
+    ok(*argv, "--out", "whole")
+    assert untimed(load("run")["cells"]) == untimed(load("whole")["cells"])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_a_model_of_another_dtype_is_taken_in_float32(home, folder, dtype):
+    (home / "wide.py").write_text(
+        f"import nets, torch\ndef cnn(): return nets.cnn().to(torch.{dtype})\n"
+    )
+    try:
+        ok("--model", "wide:cnn", "--data", folder, *BRIEF3, "--with-agm", "--out", "run")
+    finally:
+        sys.modules.pop("wide", None)
+    assert len(load("run")["cells"]) == 2
 
 
 def test_a_folder_in_use_is_refused(home):
@@ -531,6 +585,23 @@ def test_resuming_a_finished_run_does_nothing(copied, monkeypatch):
         report["versions"].pop("commit")  # of a working tree that may change meanwhile
     assert got == want
     assert want["table"] in text
+
+
+@pytest.mark.parametrize("name", ["ratio", "decay", "interval", "discrepancy"])
+def test_results_of_other_defaults_of_the_add_on_are_not_mixed(copied, monkeypatch, name):
+    before = files(copied[0])
+    value = {"interval": 11, "discrepancy": "logit_l1"}.get(name, 0.5)
+    monkeypatch.setitem(AGM.__init__.__kwdefaults__, name, value)
+    assert "other settings" in complaint(*copied[1], "--resume")
+    assert files(copied[0]) == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_results_of_other_constants_of_a_method_are_not_mixed(copied, monkeypatch, method):
+    losses, recipe = METHODS[method].quick(8)
+    changed = replace(losses, bns_weight=3.0)
+    monkeypatch.setattr(METHODS[method], "quick", lambda size: (changed, recipe))
+    assert "other settings" in complaint(*copied[1], "--resume")
 
 
 @pytest.mark.parametrize(
@@ -617,16 +688,22 @@ def test_a_grid_that_fails_wholly_is_reported(monkeypatch):
 # Long enough to be caught in the act by a signal, and that after the warm-up.
 STEPS, CAUGHT = 400, 150
 LONG = (*BRIEF3, "--steps", str(STEPS), "--checkpoint-every", "3", "--with-agm", "--out", "run")
-AGM_CELL = "gdfq-w3a3-both-seed0"
 
 
 @pytest.fixture(scope="module")
 def unbroken(cache, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unbroken")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        enter(folder, cache, monkeypatch)
-        ok(*LONG)
-    return folder / "run"
+    """The folder of a method's LONG, which was never stopped."""
+    folders = {}
+
+    def make(method: str) -> Path:
+        if method not in folders:
+            folders[method] = tmp_path_factory.mktemp(method)
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                enter(folders[method], cache, monkeypatch)
+                ok("--baseline", method, *LONG)
+        return folders[method] / "run"
+
+    return make
 
 
 def progress(stderr: Path) -> int:
@@ -635,12 +712,12 @@ def progress(stderr: Path) -> int:
     return int(shown[-1]) if shown else 0
 
 
-def stop(number: signal.Signals, home: Path) -> tuple[int, str, str]:
-    """Run LONG --resume as a user would, and send it a signal in the midst of the training."""
+def stop(number: signal.Signals, home: Path, argv: Sequence[str]) -> tuple[int, str, str]:
+    """Run the command as a user would, and send it a signal in the midst of the training."""
     out, err = home / "stdout", home / "stderr"
     with out.open("w") as stdout, err.open("w") as stderr:
         child = subprocess.Popen(
-            [sys.executable, str(SCRIPT), *LONG, "--resume"],
+            [sys.executable, str(SCRIPT), *argv],
             stdout=stdout, stderr=stderr, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         try:
@@ -656,34 +733,105 @@ def stop(number: signal.Signals, home: Path) -> tuple[int, str, str]:
     return status, out.read_text(), err.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(number, unbroken, home):
-    out = home / "run"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("method", "number"),
+    [
+        pytest.param(method, number, marks=[pytest.mark.long] * (method != "gdfq"))
+        for method in METHODS
+        for number in SIGNALS
+    ],
+)
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(method, number, unbroken, home, campaign):
+    whole, out, cell = unbroken(method), home / "run", f"{method}-w3a3-both-seed0"
     out.mkdir()
-    for name, content in files(unbroken).items():  # the add-on's cell is still to be run
-        if not name.startswith((AGM_CELL, "report")):
+    for name, content in files(whole).items():  # the add-on's cell is still to be run
+        if not name.startswith((cell, "report")):
             (out / name).write_bytes(content)
-    status, text, err = stop(number, home)
-    assert not list(out.glob(f"{AGM_CELL}.json"))
+    argv = ("--baseline", method, *LONG, "--resume")
+    counted = f"{number.name} in compare.py"
+    campaign.count(counted, runs=1)
+    status, text, err = stop(number, home, argv)
+    assert not list(out.glob(f"{cell}.json"))
     if number == signal.SIGKILL:
         assert status == -number
         # What it might have been writing:
-        for name in (f"{AGM_CELL}.run.1234.tmp", f"{AGM_CELL}.ckpt.1234.tmp"):
+        for name in (f"{cell}.run.1234.tmp", f"{cell}.ckpt.1234.tmp"):
             (out / name).write_bytes(b"half a file")
     else:
         assert status == 128 + number
-        assert re.search(rf"{AGM_CELL}: stopped after step \d+ of {STEPS}", err)
+        assert re.search(rf"{cell}: stopped after step \d+ of {STEPS}", err)
         assert "Traceback" not in err
         assert "baseline" in text  # what is finished is reported
         command = err.splitlines()[-1].partition("go on with: ")[2]
-        assert shlex.split(command)[1:] == ["benchmarks/compare.py", *LONG, "--resume"]
+        assert shlex.split(command)[1:] == ["benchmarks/compare.py", *argv]
     if number == signal.SIGTERM:  # and the newest checkpoint is damaged on top of it
-        newest = out / f"{AGM_CELL}.run"
+        newest = out / f"{cell}.run"
         newest.write_bytes(newest.read_bytes()[:-1] + b"?")
         with pytest.warns(UserWarning, match="checksum"):
-            ok(*LONG, "--resume")
+            ok(*argv)
     else:
-        ok(*LONG, "--resume")
-    assert untimed(load(out)["cells"]) == untimed(load(unbroken)["cells"])
-    assert same_networks(out, unbroken, files(unbroken, "*.ckpt"))
-    assert files(out).keys() == files(unbroken).keys()  # nothing temporary is left
+        ok(*argv)
+    assert untimed(load(out)["cells"]) == untimed(load(whole)["cells"])
+    assert same_networks(out, whole, files(whole, "*.ckpt"))
+    assert files(out).keys() == files(whole).keys()  # nothing temporary is left
+    campaign.count(counted, resumed_bit_identical=1)
+
+
+# The real command, but for a step that never ends.
+ENDLESS = """
+import os, signal, sys
+from baselines.trainer import Trainer
+from benchmarks import compare
+
+step, steps = Trainer.step, []
+arrived, writing = os.pipe()
+os.set_blocking(writing, False)
+signal.set_wakeup_fd(writing)  # signal.pause would miss a signal that comes just before it
+
+def endless(trainer):
+    steps.append(step(trainer))
+    if len(steps) == 3:
+        print("in a long step", file=sys.stderr, flush=True)
+        while os.read(arrived, 1):
+            print("noticed", file=sys.stderr, flush=True)
+    return steps[-1]
+
+Trainer.step = endless
+sys.exit(compare.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "second"),
+    [
+        ("gdfq", signal.SIGTERM),
+        pytest.param("qimera", signal.SIGINT, marks=pytest.mark.long),
+        pytest.param("adadfq", signal.SIGTERM, marks=pytest.mark.long),
+    ],
+)
+def test_a_second_signal_quits_at_once(method, second, home, campaign):
+    argv = (*BRIEF3, "--steps", "9", "--checkpoint-every", "1", "--baseline", method)
+    child = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS, *argv, "--out", "run"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])},
+    )  # fmt: skip
+    campaign.count("second signals", runs=1)
+    try:
+        while "in a long step" not in (line := child.stderr.readline()):
+            assert line, "it ended"
+        child.send_signal(signal.SIGINT)
+        while "noticed" not in (line := child.stderr.readline()):
+            assert line, "it ended at the first signal"
+        child.send_signal(second)
+        assert child.wait(600) == 128 + second
+    finally:
+        child.kill()
+        child.communicate()
+    ok(*argv, "--out", "run", "--resume")
+    ok(*argv, "--out", "whole")
+    assert untimed(load("run")["cells"]) == untimed(load("whole")["cells"])
+    campaign.count("second signals", quit_at_once_and_resumed_bit_identical=1)

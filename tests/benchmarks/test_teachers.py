@@ -22,6 +22,7 @@ from benchmarks.teachers import (
     train_digits_teacher,
 )
 from benchmarks.weights import load_weights
+from tests import hostile
 
 SHARED = Path(__file__).parents[3] / "shared"
 
@@ -280,30 +281,24 @@ def test_safetensors(tmp_path, monkeypatch):
     assert same(model, source)
 
 
-class Malicious:
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return Path.touch, (self.marker,)
-
-
-@pytest.mark.parametrize("how", ["pickle", "zip", "legacy"])
-def test_a_malicious_pickle_does_not_run(tmp_path, how):
-    path, marker = tmp_path / "w.pt", tmp_path / "marker"
-    content = {"state_dict": {"conv1.weight": Malicious(marker)}}
-    if how == "pickle":
-        path.write_bytes(pickle.dumps(content, protocol=2))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
+@pytest.mark.parametrize("name", hostile.TRAPS)
+@pytest.mark.parametrize("container", hostile.CONTAINERS)
+def test_a_malicious_pickle_does_not_run(tmp_path, campaign, monkeypatch, name, container):
+    path, canary = tmp_path / "w.pt", tmp_path / "canary"
+    monkeypatch.syspath_prepend(tmp_path)
+    pickled = hostile.trap(name, canary)
+    path.write_bytes(hostile.contained(pickled, container))
     model = digits_cnn()
     before = fingerprint(model)
-    fails(load_weights, model, path, parts=(f"refused to load '{path}'", "re-save it"))
-    assert not marker.exists()
+    what = "cannot read" if container == "tar" else "refused to load"
+    fails(load_weights, model, path, parts=(f"{what} '{path}'", "re-save it"))
+    assert not canary.exists()
+    assert "agm_trap" not in sys.modules
     assert fingerprint(model) == before
-    if how == "pickle":  # the trap is a real one
-        pickle.loads(path.read_bytes())
-        assert marker.exists()
+    pickle.loads(pickled)  # the trap is a real one
+    assert canary.exists()
+    sys.modules.pop("agm_trap", None)
+    campaign.count("malicious pickles as --weights", files=1, executed=0)
 
 
 def test_a_whole_pickled_model_is_refused_by_name(tmp_path):
