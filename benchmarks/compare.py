@@ -59,6 +59,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="digits (default), resnet20, torchvision:NAME or package.module:factory")
     add("--weights", type=Path, help="trained weights: a state_dict, bare or in a checkpoint")
     add("--data", type=Path, help="ImageFolder to evaluate on; without it accuracies are n/a")
+    add("--half", choices=("tuning", "proof"),
+        help="judge on the first or on the second half of each class (default: on all images)")
     add("--image-size", type=int, help="pixels a side (default: digits 8, torchvision 224, or 32)")
     add("--num-classes", type=int, help="default: the folders of --data, or 10 (torchvision 1000)")
     add("--mean", type=float, nargs="+", help="of the model's input (default: ImageNet's)")

@@ -36,8 +36,11 @@ class Stop:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Refuse a second run in one folder; the lock of a dead process is gone with it."""
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Refuse a second run in one folder, or ``wait`` for the first to leave.
+
+    The lock of a dead process is gone with it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a+")
@@ -47,7 +50,7 @@ def locked(folder: Path) -> Iterator[None]:
         ) from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise UsageError(
                 f"another run is working in {folder}; wait for it or choose another --out"

@@ -103,5 +103,19 @@ def load_task(args: argparse.Namespace) -> Task:
         images, labels = datasets.image_folder(
             args.data, image_size=size, mean=mean, std=std, num_classes=num_classes
         )
+    if args.half is not None:
+        if images is None or labels is None:
+            raise UsageError("--half needs --data, the images to take half of")
+        chosen = halves(labels)[args.half]
+        images, labels = images[chosen], labels[chosen]
     teacher.to(args.device)
     return Task(teacher, size, tuple(mean), tuple(std), images, labels, args.device)
+
+
+def halves(labels: Tensor) -> dict[str, Tensor]:
+    """Indices of the first (``"tuning"``) and the second (``"proof"``) half of each class."""
+    members = [(labels == label).nonzero().flatten() for label in labels.unique()]
+    return {
+        "tuning": torch.cat([m[: len(m) // 2] for m in members]),
+        "proof": torch.cat([m[len(m) // 2 :] for m in members]),
+    }

@@ -3,8 +3,8 @@
     python benchmarks/tune.py NAME --model resnet20 --weights W --data D \\
         --set recipe.steps=1200 method.bns_weight=50 agm.ratio=0.5
 
-The tuning half is the first half of each class in file order (digits: every other image); the
-other half is left for the proof. Appends one JSON line to --out.
+The tuning half is the first half of each class in file order; the other half is left for the
+proof. Appends one JSON line a run to --records: the last accuracy, and the curve.
 """
 
 import argparse
@@ -14,8 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,19 +22,11 @@ from agm import AGM, AgmError
 from baselines import METHODS
 from baselines.student import QuantizationConfig
 from baselines.trainer import Trainer
-from benchmarks import compare, teachers
+from benchmarks import compare
 from benchmarks.errors import UsageError
 from benchmarks.task import load_task
 
-
-def halves(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the tuning half and of the proof half: of each class, in order."""
-    tune, prove = [], []
-    for label in labels.unique():
-        members = (labels == label).nonzero().flatten()
-        tune.append(members[: len(members) // 2])
-        prove.append(members[len(members) // 2 :])
-    return torch.cat(tune), torch.cat(prove)
+CURVE_STEPS = 150
 
 
 def settings(pairs: list[str]) -> dict[str, dict[str, Any]]:
@@ -65,11 +55,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--records", type=Path, default=Path("benchmarks/results/tuning.jsonl"))
     own, rest = parser.parse_known_args(argv)
     try:
-        args = compare.parse(rest)
+        args = compare.parse([*rest, "--half", "tuning"])
         task, changes = load_task(args), settings(own.pairs)
-        assert task.images is not None
-        assert task.labels is not None
-        tune, _ = halves(task.labels)
         (weight_bits, act_bits), (method,) = args.widths[0], args.methods
         losses, recipe = METHODS[method].quick(task.image_size)
         if args.steps:
@@ -91,10 +78,17 @@ def main(argv: list[str]) -> int:
                 device=args.device,
                 precision=args.precision,
             )
-            for _ in trange(recipe.steps, desc=f"{own.name} seed {seed}", mininterval=2):
+            curve = []
+            for step in trange(recipe.steps, desc=f"{own.name} seed {seed}", mininterval=2):
                 trainer.step()
-            accuracy = teachers.accuracy(trainer.student, task.images[tune], task.labels[tune])
-            row = {"name": own.name, "seed": seed, "accuracy_tune": accuracy, "command": argv}
+                since, left = step + 1 - recipe.warmup_steps, recipe.steps - step - 1
+                if since >= 0 and (left == 0 or since % CURVE_STEPS == 0):
+                    curve.append([step + 1, task.accuracy(trainer.student)])
+                    trainer.student.eval()
+            row = {
+                "name": own.name, "seed": seed, "accuracy_tune": curve[-1][1], "curve": curve,
+                "command": argv,
+            }  # fmt: skip
             own.records.parent.mkdir(parents=True, exist_ok=True)
             with own.records.open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -1,0 +1,106 @@
+"""The proof's queue: every grid behind README's tables, seed by seed, most important first.
+
+    python benchmarks/proof.py --weights cifar10_resnet20.th --data cifar10/dev
+
+Each seed of a grid is one compare.py run on the proof half of the images; its finished cells are
+added to benchmarks/results/proof/GRID.json. A stopped or killed queue goes on with the same
+command, and several may work side by side: each takes the next seed that nobody else works on.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from agm import AgmError
+from benchmarks import compare, report
+from benchmarks.errors import UsageError
+from benchmarks.process import locked
+
+RESULTS = Path(__file__).parent / "results" / "proof"
+FIRST_SEED = 100  # the search used the seeds below
+ARMS = "--with-agm loss interpolation both"
+RESNET = "--model resnet20"
+# Grid: the arguments of compare.py, and how many seeds.
+GRIDS = {
+    "resnet20-w3a3-gdfq": (f"{RESNET} --bits 3 --baseline gdfq {ARMS}", 5),
+    "resnet20-w3a3-qimera": (f"{RESNET} --bits 3 --baseline qimera --with-agm", 5),
+    "resnet20-w3a3-adadfq": (f"{RESNET} --bits 3 --baseline adadfq --with-agm", 5),
+    "digits-w2a2": (f"--bits 2 --baseline all {ARMS}", 10),
+    "digits-w3a3": (f"--bits 3 --baseline all {ARMS}", 10),
+    "resnet20-w4a4": (f"{RESNET} --bits 4 --baseline all --with-agm", 3),
+    "resnet20-w5a5-gdfq": (f"{RESNET} --bits 5 --baseline gdfq --with-agm", 3),
+}
+
+
+def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
+    """Add a report's cells to the grid's file; each says at which commit and where it was made."""
+    with locked(RESULTS, wait=True):
+        path = RESULTS / f"{grid}.json"
+        known = json.loads(path.read_text()) if path.exists() else {"arguments": arguments}
+        source = {key: content[key] for key in ("command", "settings", "versions", "machine")}
+        cells = {cell["name"]: cell for cell in known.get("cells", [])}
+        for cell in content["cells"]:
+            if cell["error"] is None:
+                cells[cell["name"]] = {k: v for k, v in cell.items() if k != "policy"} | source
+        known["cells"] = [cells[name] for name in sorted(cells)]
+        report.write_json(path, known)
+
+
+def missing(grid: str, argv: list[str]) -> bool:
+    """Whether the grid's file lacks a cell of this run."""
+    path = RESULTS / f"{grid}.json"
+    known = json.loads(path.read_text())["cells"] if path.exists() else []
+    return not {c["name"] for c in compare.grid(compare.parse(argv))} <= {c["name"] for c in known}
+
+
+def main(argv: list[str]) -> int:
+    """Exit status 0, 1 if a cell failed, 2 for a user's mistake, 130 or 143 if stopped."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--weights", type=Path, required=True, help="of ResNet-20")
+    parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 images, an ImageFolder")
+    parser.add_argument("--grids", nargs="+", choices=GRIDS, default=list(GRIDS), metavar="GRID")
+    parser.add_argument("--out", type=Path, default=Path("runs/proof"))
+    args = parser.parse_args(argv)
+    worst = 0
+    runs = [
+        (grid, seed)
+        for grid in args.grids
+        for seed in range(FIRST_SEED, FIRST_SEED + GRIDS[grid][1])
+    ]
+    for grid, seed in runs:
+        arguments = GRIDS[grid][0]
+        out = args.out / f"{grid}-seed{seed}"
+        run = [*shlex.split(arguments), "--half", "proof", "--seeds", "1"]
+        run += ["--first-seed", str(seed), "--out", str(out)]
+        if arguments.startswith(RESNET):
+            run += ["--weights", str(args.weights), "--data", str(args.data)]
+        if not missing(grid, run):
+            continue
+        try:
+            with locked(out):
+                resume = ["--resume"] if (out / "settings.json").exists() else []
+        except UsageError:
+            print(f"{out}: another queue works on it", flush=True)
+            continue
+        status = compare.main([*run, *resume])
+        if (out / "report.json").exists():
+            merge(grid, arguments, json.loads((out / "report.json").read_text()))
+        if status not in (0, 1):
+            return status
+        worst = max(worst, status)
+    return worst
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except AgmError as error:
+        print(f"proof.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

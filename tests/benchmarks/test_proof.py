@@ -1,0 +1,89 @@
+"""The proof's queue, and the halves that search and proof are judged on."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import compare, proof
+from benchmarks.process import locked
+from benchmarks.task import halves
+
+GRIDS = {
+    "a": ("--bits 3 --steps 4 --batch-size 8 --baseline gdfq --with-agm", 2),
+    "b": ("--bits 2 --steps 4 --batch-size 8 --baseline adadfq", 1),
+}
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """Runs the queue on digits, into tmp_path."""
+    monkeypatch.setattr(proof, "GRIDS", GRIDS)
+    monkeypatch.setattr(proof, "RESULTS", tmp_path / "results")
+    return lambda *more: proof.main(
+        ["--weights", "w", "--data", "d", "--out", str(tmp_path / "runs"), *more]
+    )
+
+
+def cells(tmp_path, grid):
+    path = tmp_path / "results" / f"{grid}.json"
+    return {c["name"]: c for c in json.loads(path.read_text())["cells"]} if path.exists() else {}
+
+
+def test_every_grid_runs_once(queue, tmp_path, monkeypatch):
+    assert queue() == 0
+    found = cells(tmp_path, "a")
+    seeds = range(proof.FIRST_SEED, proof.FIRST_SEED + 2)
+    arms = ("none", "both")
+    assert set(found) == {f"gdfq-w3a3-{arm}-seed{seed}" for arm in arms for seed in seeds}
+    assert set(cells(tmp_path, "b")) == {f"adadfq-w2a2-none-seed{proof.FIRST_SEED}"}
+    for cell in found.values():
+        assert 0 <= cell["accuracy_last"] <= 100
+        assert "--half proof" in cell["command"]
+        assert cell["settings"]["data_hash"]
+    monkeypatch.setattr(compare, "main", lambda argv: pytest.fail("nothing was left to do"))
+    assert queue() == 0
+
+
+def test_a_stopped_queue_goes_on(queue, tmp_path, monkeypatch):
+    original, runs = compare.main, []
+
+    def stopping(argv):
+        runs.append(argv)
+        return original(argv) if len(runs) == 1 else 143
+
+    monkeypatch.setattr(compare, "main", stopping)
+    assert queue() == 143
+    first = cells(tmp_path, "a")
+    assert len(first) == 2
+    assert len(runs) == 2
+    monkeypatch.setattr(compare, "main", original)
+    assert queue() == 0
+    found = cells(tmp_path, "a")
+    assert len(found) == 4
+    assert all(found[name] == cell for name, cell in first.items())
+
+
+def test_what_another_queue_works_on_is_left_to_it(queue, tmp_path, capsys):
+    with locked(tmp_path / "runs" / f"a-seed{proof.FIRST_SEED}"):
+        assert queue() == 0
+    assert "another queue" in capsys.readouterr().out
+    assert {c["seed"] for c in cells(tmp_path, "a").values()} == {proof.FIRST_SEED + 1}
+
+
+def test_a_mistake_ends_the_queue(queue, monkeypatch):
+    monkeypatch.setattr(proof, "GRIDS", {"a": ("--model resnet20", 1)})
+    assert queue("--grids", "a") == 2
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=40))
+def test_halves_share_no_image_and_split_every_class(labels):
+    labels = torch.tensor(labels)
+    first, second = halves(labels)["tuning"], halves(labels)["proof"]
+    assert sorted([*first.tolist(), *second.tolist()]) == list(range(len(labels)))
+    for label in labels.unique():
+        a, b = first[labels[first] == label], second[labels[second] == label]
+        assert len(b) - len(a) in (0, 1)
+        assert not len(a) or a.max() < b.min()
