@@ -1,0 +1,85 @@
+"""speed.py: that its columns compute the same thing, and that its figures agree with each other."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import speed
+
+SMALL = ("--baseline", "gdfq", "--batch-size", "4", "--image-size", "16", "--precision", "fp32")
+
+
+def main(monkeypatch, *argv):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["speed.py", *argv])
+        return speed.main()
+
+
+def test_figures(monkeypatch, capsys, tmp_path):
+    peaks = []
+
+    def peak_memory(args, method, arm, plain):
+        """In this process, which spares the start of ten."""
+        request = json.dumps({"method": method, "arm": arm, "plain": plain})
+        capsys.readouterr()
+        assert main(monkeypatch, *args.argv, "--peak", request) == 0
+        peaks.append((arm, plain))
+        return float(capsys.readouterr().out)
+
+    monkeypatch.setattr(speed, "peak_memory", peak_memory)
+    out = tmp_path / "speed.json"
+    assert main(monkeypatch, *SMALL, "--rounds", "2", "--out", str(out)) == 0
+    got = json.loads(out.read_text())
+    assert set(got) == {"command", "machine", "methods"}
+    result = got["methods"]["gdfq"]
+    assert (result["batch_size"], result["precision"]) == (4, "fp32")
+    figures = result["figures"]
+    steps = ("plain", "none", "loss", "interpolation", "both")
+    assert set(figures) > set(steps)
+    assert peaks == [("none", True), *((arm, False) for arm in steps[1:])]
+    for name, row in figures.items():
+        assert row["seconds"] > 0
+        assert row["spread"] >= 0
+        assert row["rounds"] == 2
+        if name in steps:
+            assert row["steps_per_s"] == pytest.approx(1 / row["seconds"])
+            assert row["images_per_s"] == pytest.approx(4 / row["seconds"])
+            plain, none = (figures[n]["seconds"] for n in ("plain", "none"))
+            assert row["speedup_over_plain"] == pytest.approx(plain / row["seconds"])
+            assert row["over_baseline"] == pytest.approx(row["seconds"] / none - 1)
+            assert row["peak_mib"] > 50
+    assert figures["none"]["gflop"] <= figures["plain"]["gflop"]
+    assert figures["none"]["gflop"] < figures["both"]["gflop"]
+
+
+def test_the_plain_column_trains_the_same(monkeypatch):
+    losses = []
+    for plain in (True, False):
+        args = argparse_of(monkeypatch)
+        trainer = speed.make(args, "gdfq", "none", plain=plain)
+        step, terms = trainer.step, []
+        trainer.step = lambda step=step, terms=terms: terms.append(step())
+        speed.stepper(trainer, plain=plain)()
+        losses.append({name: value.item() for name, value in terms[0].items()})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def argparse_of(monkeypatch):
+    """The arguments that a command line becomes."""
+    caught = []
+    with monkeypatch.context() as patch:
+        patch.setattr(speed, "profile", lambda args, method: caught.append(args))
+        assert main(patch, *SMALL) == 0
+    return caught[0]
+
+
+def test_a_process_of_its_own_for_the_peak(monkeypatch):
+    args = argparse_of(monkeypatch)
+    assert speed.peak_memory(args, "gdfq", "none", False) > 50
+
+
+def test_mistakes(monkeypatch, capsys):
+    assert main(monkeypatch, "--model", "resnet21") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("speed.py: error: unknown model 'resnet21'")
