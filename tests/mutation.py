@@ -6,7 +6,8 @@ cosmic-ray's own runner starts Python and imports torch anew for every mutant; t
 replaced here. A mutant is run in a copy of the working tree, against the test files of its module,
 and is killed by a failing test or by 300 seconds of CPU time. One that cannot be imported does not
 count. Survivors are printed as differences. Left out are replacements that nearly always raise an
-error on tensors and numbers with a fraction, and ``is`` for ``==``.
+error on tensors and numbers with a fraction, and ``is`` for ``==``. Hypothesis draws 25 examples a
+test, an eighth of the usual.
 """
 
 import argparse
@@ -22,7 +23,6 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-import hypothesis  # noqa: F401
 import mpmath  # noqa: F401
 import numpy as np  # noqa: F401
 import pytest
@@ -30,6 +30,7 @@ import torch
 from cosmic_ray.commands.init import _all_work_items
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
+from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
 TESTS = {
@@ -39,7 +40,10 @@ TESTS = {
     "agm/temporal.py": ["agm/test_temporal.py"],
     "agm/hooks.py": ["agm/test_hooks.py"],
     "baselines/quantizers.py": ["baselines/test_quantizers.py", "baselines/test_student.py"],
-    "baselines/checkpoint.py": ["baselines/test_checkpoint.py", "baselines/test_run.py"],
+    "baselines/checkpoint.py": [
+        "baselines/test_checkpoint.py",
+        "baselines/test_run.py::test_saved_and_loaded_predicts_the_same",
+    ],
 }
 LEFT_OUT = re.compile(r"BinaryOperator_\w+_(?:Bit\w+|[LR]Shift|Mod|FloorDiv|Pow)$|_Is$|_IsNot$")
 INCOMPETENT = 77
@@ -71,6 +75,8 @@ def main() -> None:
     args = parser.parse_args()
     sys.dont_write_bytecode = True  # it would be taken for that of the next mutant
     torch.set_num_threads(1)
+    register = settings.register_profile  # tests/conftest.py calls it
+    settings.register_profile = lambda name, **kept: register(name, **kept | {"max_examples": 25})
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder, "tree")

@@ -262,3 +262,16 @@ def test_bad_setting_is_a_named_error(setting, received):
     with pytest.raises(AgmError, match=received) as caught:
         GaussianMarginLoss(**setting)
     assert isinstance(caught.value, ValueError)
+
+
+@given(logit_pairs())
+def test_the_documented_defaults(logits):
+    teacher, student = logits
+    spelled_out = GaussianMarginLoss(
+        0.5, 0.25, discrepancy="total_variation", mode="expected", reduction="mean"
+    )
+    got, want = (
+        loss(teacher_logits=teacher, student_logits=student)
+        for loss in (GaussianMarginLoss(), spelled_out)
+    )
+    assert same_bits(got, want)
