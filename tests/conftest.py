@@ -21,6 +21,7 @@ settings.register_profile(
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
+settings.register_profile("brief", settings.get_profile("agm"), max_examples=25)  # for mutants
 settings.load_profile("agm")
 
 torch.set_num_threads(1)  # the tensors are tiny: threads only cost

@@ -23,6 +23,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import hypothesis  # noqa: F401
 import mpmath  # noqa: F401
 import numpy as np  # noqa: F401
 import pytest
@@ -30,7 +31,6 @@ import torch
 from cosmic_ray.commands.init import _all_work_items
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
-from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
 TESTS = {
@@ -63,7 +63,11 @@ def outcome(tree: Path, module: str) -> str:
         except BaseException:
             os._exit(INCOMPETENT)
         files = [f"tests/{name}" for name in TESTS[module]]
-        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *files]))
+        os._exit(
+            pytest.main(
+                ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=brief", *files]
+            )
+        )
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return {0: "survived", INCOMPETENT: "incompetent"}.get(code, "killed")
 
@@ -75,8 +79,6 @@ def main() -> None:
     args = parser.parse_args()
     sys.dont_write_bytecode = True  # it would be taken for that of the next mutant
     torch.set_num_threads(1)
-    register = settings.register_profile  # tests/conftest.py calls it
-    settings.register_profile = lambda name, **kept: register(name, **kept | {"max_examples": 25})
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder, "tree")
