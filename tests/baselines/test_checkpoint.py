@@ -70,6 +70,12 @@ def test_round_trip(path):
     assert names(path) == ["run.pt"]
 
 
+def test_to_keep_the_previous_file_is_asked_for_by_name(path):
+    with pytest.raises(TypeError):
+        save(path, STATE, True)
+    assert names(path) == []
+
+
 def test_previous(path):
     assert load_newest(path) is None
     for i in range(4):
@@ -318,6 +324,14 @@ def test_a_whole_module_is_refused(path):
 # Quantized networks
 
 
+@pytest.mark.parametrize("keys", ["", "config", "model", "config model more", "identity trainer"])
+def test_a_file_of_something_else(path, keys):
+    save(path, dict.fromkeys(keys.split(), {}))
+    with pytest.raises(CheckpointError, match="not a quantized network") as caught:
+        load_quantized(path, Tiny())
+    assert str(sorted(keys.split())) in str(caught.value)
+
+
 def save_tiny(path, **config):
     config = QuantizationConfig(**config)
     save_quantized(build_student(Tiny(), config)[0], config, path)
@@ -337,6 +351,7 @@ class Renamed(Tiny):
     ("architecture", "parts"),
     [
         (Tiny(classes=7), ("fc.bias: (4,) instead of (7,)", "fc.parametrizations.weight")),
+        (Tiny(classes=2), ("fc.bias: (4,) instead of (2,)",)),
         (Tiny(width=6), ("bn0.bias: (4,) instead of (6,)",)),
         (Renamed(), ("missing ['head.bias'", "unexpected ['")),
     ],
