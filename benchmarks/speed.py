@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py --baseline gdfq --batch-size 200
 
-All variants are measured in one run, one step of each in turn, so that only ratios count; printed
+All variants are measured in one run, two steps of each in turn, so that only ratios count; printed
 is the median over the rounds and, after +-, half the distance between the quartiles. "plain" is
 this project's own float32 path: eager, contiguous, formulas as they read, no forward shared.
 """
@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agm import AGM, AgmError, frozen_parameters
 from baselines import METHODS, RECIPES, bn_stats, generators
+from baselines.bn_stats import BatchNormStatistics
 from baselines.quantizers import observing
 from baselines.student import QuantizationConfig
 from baselines.trainer import Remembered, Trainer
@@ -40,6 +41,10 @@ ARMS = {
     "interpolation": {"loss": False},
     "both": {},
 }
+
+
+# Steps in a measured round: the add-on's two parts take turns.
+TURNS = 2
 
 
 class PlainTrainer(Trainer):
@@ -58,6 +63,26 @@ def plain_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def plain_upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """What baselines.generators.upsampled_convolution equals, as the formula reads."""
     return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)
+
+
+def plain_bns(statistics: BatchNormStatistics) -> Tensor:
+    """What its ``loss`` equals, as the formula reads."""
+    pairs = zip(statistics.batch, statistics.trained, strict=True)
+    errors = [F.mse_loss(batch, trained) for batch, trained in pairs]
+    return 2 * torch.stack(errors).mean()
+
+
+def plain_forward(shared: Remembered, images: Tensor) -> Tensor:
+    """Every call a forward."""
+    return shared.network(images)
+
+
+PLAIN = (
+    (bn_stats, "channel_moments", plain_moments),
+    (BatchNormStatistics, "loss", plain_bns),
+    (generators, "upsampled_convolution", plain_upsampled_convolution),
+    (Remembered, "__call__", plain_forward),
+)
 
 
 def make(args: argparse.Namespace, method: str, arm: str, *, plain: bool) -> Trainer:
@@ -91,19 +116,16 @@ def make(args: argparse.Namespace, method: str, arm: str, *, plain: bool) -> Tra
 
 
 def stepper(trainer: Trainer, *, plain: bool) -> Callable[[], Any]:
-    """One step of it."""
-    if not plain:
-        return trainer.step
+    """A round of its steps."""
 
-    def step() -> None:
-        with (
-            mock.patch.object(bn_stats, "channel_moments", plain_moments),
-            mock.patch.object(generators, "upsampled_convolution", plain_upsampled_convolution),
-            mock.patch.object(Remembered, "__call__", lambda self, images: self.network(images)),
-        ):
-            trainer.step()
+    def steps() -> None:
+        with contextlib.ExitStack() as stack:
+            for owner, name, formula in PLAIN if plain else ():
+                stack.enter_context(mock.patch.object(owner, name, formula))
+            for _ in range(TURNS):
+                trainer.step()
 
-    return step
+    return steps
 
 
 def parts(trainer: Trainer) -> dict[str, Callable[[], Any]]:
@@ -193,7 +215,7 @@ def gemm_rate(dtype: torch.dtype, device: str, n: int = 1024) -> float:
 
 
 def peak_memory(args: argparse.Namespace, method: str, arm: str, plain: bool) -> float:
-    """MiB of a process of its own that takes three steps."""
+    """MiB of a process of its own that takes four steps."""
     request = json.dumps({"method": method, "arm": arm, "plain": plain})
     run = subprocess.run(
         [sys.executable, __file__, *args.argv, "--peak", request],
@@ -206,9 +228,9 @@ def print_peak(args: argparse.Namespace) -> None:
     """The other side of :func:`peak_memory`."""
     request = json.loads(args.peak)
     plain = request["plain"]
-    step = stepper(make(args, request["method"], request["arm"], plain=plain), plain=plain)
-    for _ in range(3):
-        step()
+    steps = stepper(make(args, request["method"], request["arm"], plain=plain), plain=plain)
+    for _ in range(2):
+        steps()
     if args.device.startswith("cuda"):
         print(torch.cuda.max_memory_allocated() / 2**20)
     else:
@@ -242,6 +264,8 @@ def profile(args: argparse.Namespace, method: str) -> dict[str, Any]:
     steps = {"plain": plain} | {arm: stepper(t, plain=False) for arm, t in trainers.items()}
     pieces = parts(make(args, method, "none", plain=False))
     seconds = measure(steps | pieces, args.rounds, args.device)
+    for name in steps:
+        seconds[name] = [s / TURNS for s in seconds[name]]
     batch = trainers["none"].recipe.batch_size
     precision = trainers["none"].precision
     rate = gemm_rate(torch.bfloat16 if precision == "bf16" else torch.float32, args.device)
@@ -254,11 +278,12 @@ def profile(args: argparse.Namespace, method: str) -> dict[str, Any]:
         if name in steps:
             with counting_flops() as counter:
                 steps[name]()
+            flops = counter.get_total_flops() / TURNS
             row |= {
                 "steps_per_s": 1 / median,
                 "images_per_s": batch / median,
-                "gflop": counter.get_total_flops() / 1e9,
-                "gemm_share": counter.get_total_flops() / median / rate,
+                "gflop": flops / 1e9,
+                "gemm_share": flops / median / rate,
                 "peak_mib": peak_memory(
                     args, method, "none" if name == "plain" else name, name == "plain"
                 ),

@@ -1,0 +1,161 @@
+"""README's tables and picture, rebuilt from benchmarks/results alone.
+
+    python benchmarks/tables.py
+
+Writes between the markers ``<!-- NAME -->`` and ``<!-- end -->`` of README.md, and
+benchmarks/results/proof.png.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import report
+from benchmarks.report import Cell
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+NAMES = {"gdfq": "GDFQ", "qimera": "Qimera", "adadfq": "AdaDFQ"}
+TASKS = {"resnet20": "ResNet-20", "digits": "digits"}
+STEP = {"plain": "plain", "none": "ours", "loss": "+ loss", "interpolation": "+ interpolation",
+        "both": "+ both"}  # fmt: skip
+Row = tuple[str, dict[str, list[Cell]]]
+
+
+def proof_rows(folder: Path) -> list[Row]:
+    """("ResNet-20 W3A3 GDFQ", cells by arm) of every grid, networks and bit widths in order."""
+    cells = [
+        c for path in sorted(folder.glob("*.json")) for c in json.loads(path.read_text())["cells"]
+    ]
+    rows = []
+    for task, title in TASKS.items():
+        own = [c for c in cells if c["settings"]["model"] == task]
+        order = {name: i for i, name in enumerate(NAMES)}
+        for key, arms in sorted(
+            report.groups(own).items(), key=lambda item: (item[0][1:], order[item[0][0]])
+        ):
+            method, weight_bits, act_bits = key
+            rows.append((f"{title} W{weight_bits}A{act_bits} {NAMES[method]}", arms))
+    return rows
+
+
+def proof_table(rows: list[Row]) -> str:
+    """Accuracy of the baseline and each arm's paired difference to it, as Markdown."""
+    lines = [
+        "| | baseline, last step % | + loss | + interpolation | **+ both** | n |",
+        "|---|---|---|---|---|---|",
+    ]
+    for title, arms in rows:
+        base = report.by_seed(arms["none"], "accuracy_last")
+        line = [title, report.mean_std(list(base.values()))]
+        counts = []
+        for arm in report.ARMS[1:]:
+            last = report.by_seed(arms.get(arm, []), "accuracy_last")
+            difference = report.paired_difference(base, last)
+            text, _, n = report.difference_text(difference).rpartition(", n=")
+            line.append(text if last else "")
+            counts += [n] if last else []
+        lines.append("| " + " | ".join([*line, "/".join(dict.fromkeys(counts))]) + " |")
+    return "\n".join(lines)
+
+
+def speed_table(paths: list[Path]) -> str:
+    """Milliseconds a step, the speedup over plain and what the add-on costs, as Markdown."""
+    lines = [
+        "| | plain | bf16 | + loss | + interpolation | + both | peak MiB, plain / bf16 / both |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for path in paths:
+        for method, content in json.loads(path.read_text())["methods"].items():
+            figures = content["figures"]
+            times = {
+                k: f"{1e3 * v['seconds']:.0f} ± {1e3 * v['spread']:.0f}" for k, v in figures.items()
+            }
+            cost = {
+                k: f"{100 * v['over_baseline']:+.0f} %" for k, v in figures.items() if k in STEP
+            }
+            peaks = " / ".join(f"{figures[k]['peak_mib']:.0f}" for k in ("plain", "none", "both"))
+            lines.append(
+                f"| {NAMES[method]}, {content['batch_size']} | {times['plain']} "
+                f"| {times['none']} ({figures['none']['speedup_over_plain']:.2f}x) "
+                f"| {cost['loss']} | {cost['interpolation']} | {cost['both']} | {peaks} |"
+            )
+    return "\n".join(lines)
+
+
+def picture(rows: list[Row], path: Path) -> None:
+    """Every paired difference with its interval, and the curves of the first row's arms."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    labels = []
+    for i, (title, arms) in enumerate(rows):
+        base = report.by_seed(arms["none"], "accuracy_last")
+        difference = report.paired_difference(
+            base, report.by_seed(arms.get("both", []), "accuracy_last")
+        )
+        labels.append(f"{title} (n={difference['n']})")
+        if difference["mean"] is None:
+            continue
+        axes[0].plot(difference["mean"], i, "o", color="C1")
+        if difference["low"] is not None:
+            axes[0].plot([difference["low"], difference["high"]], [i, i], color="C1")
+    axes[0].axvline(0, color="grey", lw=1)
+    axes[0].set_yticks(range(len(rows)), labels, fontsize=8)
+    axes[0].invert_yaxis()
+    axes[0].set(
+        xlabel="accuracy with AGM - without (points)\nmean and 95 % interval over paired seeds"
+    )
+    title, arms = rows[0]
+    panels = {
+        "accuracy": "accuracy on the proof half (%)",
+        "batch_similarity": "cosine similarity of features\nbetween images of a batch",
+    }
+    for axis, (key, label) in zip(axes[1:], panels.items(), strict=True):
+        for arm in ("none", "both"):
+            steps, values = report.curves(arms.get(arm, []), key)
+            if not steps:
+                continue
+            (line,) = axis.plot(steps, values.mean(0), label=report.ARM_NAMES[arm], marker=".")
+            low, high = values.min(0), values.max(0)
+            axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
+        axis.set(xlabel="step", ylabel=label)
+        axis.set_title(f"{title}, mean and range over seeds", fontsize=9)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def fill(text: str, tables: dict[str, str]) -> str:
+    """``text`` with each table between its markers; a marker that is not there is an error."""
+    for name, table in tables.items():
+        pattern = rf"(<!-- {name} -->\n\n).*?(\n\n<!-- end -->)"
+        text, count = re.subn(pattern, lambda m, t=table: m[1] + t + m[2], text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"README.md must have the markers of {name!r} once, found {count}")
+    return text
+
+
+def tables() -> dict[str, str]:
+    """Every table of README by the name of its marker."""
+    return {
+        "proof": proof_table(proof_rows(RESULTS / "proof")),
+        "speed": speed_table([RESULTS / "speed-batch200.json", RESULTS / "speed-batch16.json"]),
+    }
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    readme.write_text(fill(readme.read_text(), tables()))
+    picture(proof_rows(RESULTS / "proof"), RESULTS / "proof.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""README's tables: from JSON alone, and up to date."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks import tables
+
+
+def cell(arm, seed, accuracy, *, method="gdfq", bits=3, model="resnet20"):
+    steps = range(100, 500, 100)
+    history = [{"step": s, "accuracy": accuracy - 1, "batch_similarity": 0.5} for s in steps]
+    return {
+        "name": f"{model}{method}{bits}{arm}{seed}", "method": method, "hooks": arm,
+        "weight_bits": bits, "act_bits": bits, "seed": seed, "accuracy_last": accuracy,
+        "error": None, "settings": {"model": model}, "history": history,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two files: GDFQ on ResNet-20 in three arms, and AdaDFQ on digits in one."""
+    base, both = [80.0, 82.0, 81.0], [81.0, 82.5, 83.0]
+    cells = [cell("none", i, v) for i, v in enumerate(base)]
+    cells += [cell("both", i, v) for i, v in enumerate(both)] + [cell("loss", 1, 82.0)]
+    (tmp_path / "b.json").write_text(json.dumps({"cells": cells}))
+    digits = [cell("none", 0, 97.0, method="adadfq", bits=2, model="digits")]
+    (tmp_path / "a.json").write_text(json.dumps({"cells": digits}))
+    return tmp_path
+
+
+def test_proof_table(folder):
+    _, _, first, second = tables.proof_table(tables.proof_rows(folder)).splitlines()
+    half = stats.t.ppf(0.975, 2) * np.std([1.0, 0.5, 2.0], ddof=1) / 3**0.5
+    mean = 3.5 / 3
+    interval = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+    want = f"| ResNet-20 W3A3 GDFQ | 81.00 ± 1.00 | +0.00 n/a |  | {interval} | 1/3 |"
+    assert first == want
+    assert second == "| digits W2A2 AdaDFQ | 97.00 ± n/a |  |  |  |  |"
+
+
+def test_picture(folder, tmp_path):
+    tables.picture(tables.proof_rows(folder), tmp_path / "proof.png")
+    assert (tmp_path / "proof.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_speed_table(tmp_path):
+    figure = {"seconds": 0.05, "spread": 0.001, "over_baseline": 0.1, "peak_mib": 800.4,
+              "speedup_over_plain": 2.04}  # fmt: skip
+    steps = dict.fromkeys(("plain", "none", "loss", "interpolation", "both"), figure)
+    content = {"methods": {"qimera": {"batch_size": 16, "figures": steps | {"piece": figure}}}}
+    (tmp_path / "s.json").write_text(json.dumps(content))
+    row = tables.speed_table([tmp_path / "s.json"]).splitlines()[-1]
+    assert row == (
+        "| Qimera, 16 | 50 ± 1 | 50 ± 1 (2.04x) | +10 % | +10 % | +10 % | 800 / 800 / 800 |"
+    )
+
+
+def test_only_what_is_between_the_markers_changes():
+    text = "a\n<!-- x -->\n\nold\nlines\n\n<!-- end -->\nb\n<!-- y -->\n\nkept\n\n<!-- end -->\n"
+    got = tables.fill(text, {"x": "new"})
+    assert got == text.replace("old\nlines", "new")
+    with pytest.raises(ValueError, match="'z' once, found 0"):
+        tables.fill(text, {"z": ""})
+
+
+def test_readme_is_up_to_date():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert tables.fill(readme, tables.tables()) == readme
