@@ -19,7 +19,15 @@ from torch import nn
 
 from agm import AgmError
 from baselines import load_quantized, save_quantized
-from baselines.checkpoint import DIGEST_SIZE, MAGIC, load, load_newest, previous, save
+from baselines.checkpoint import (
+    DIGEST_SIZE,
+    MAGIC,
+    load,
+    load_matching,
+    load_newest,
+    previous,
+    save,
+)
 from baselines.errors import CheckpointError
 from baselines.student import QuantizationConfig, build_student
 from tests import hostile
@@ -326,7 +334,7 @@ def test_a_whole_module_is_refused(path):
 
 @pytest.mark.parametrize("keys", ["", "config", "model", "config model more", "identity trainer"])
 def test_a_file_of_something_else(path, keys):
-    save(path, dict.fromkeys(keys.split(), {}))
+    save(path, {key: {} for key in keys.split()})
     with pytest.raises(CheckpointError, match="not a quantized network") as caught:
         load_quantized(path, Tiny())
     assert str(sorted(keys.split())) in str(caught.value)
@@ -365,6 +373,25 @@ def test_another_network(path, architecture, parts, fold):
     for part in (str(path), "architecture", *parts):
         assert part.replace("bn0", "conv0" if fold else "bn0") in str(caught.value)
     assert bits(architecture) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda state: state.pop("fc.bias"), "missing ['fc.bias'], unexpected []"),
+        (lambda state: state.update(more=torch.zeros(1)), "missing [], unexpected ['more']"),
+        (lambda state: state.update({"fc.bias": torch.zeros(3)}), "fc.bias: (3,) instead of (4,)"),
+        (lambda state: state.update({"fc.bias": torch.zeros(())}), "fc.bias: () instead of (4,)"),
+    ],
+)
+def test_one_difference_is_enough(change, part):
+    model, state = Tiny(), dict(Tiny(seed=1).state_dict())
+    before = bits(model)
+    change(state)
+    with pytest.raises(CheckpointError, match=r"^here is of another network.*give the arch") as e:
+        load_matching(model, state, "here")
+    assert part in str(e.value)
+    assert bits(model) == before
 
 
 def test_a_quantized_network_keeps_its_settings(path):
