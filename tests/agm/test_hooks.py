@@ -527,3 +527,32 @@ def test_either_part_alone_changes_the_run(part):
     _, plain, _ = run(plain_loop)
     _, joined, _ = run(agm_loop, **{part: False})
     assert plain[0] != joined[0]
+
+
+# What two tensors of one shape could be mistaken for is given by name.
+
+
+def test_arguments_are_given_by_name():
+    (step,) = steps(0, 1)
+    agm, images = AGM(), step["images"].detach()
+    for call in (
+        lambda: AGM(True),
+        lambda: agm.generator_loss(*step.values()),
+        lambda: agm.student_batch(images),
+        lambda: agm.student_batch(images, torch.zeros(len(images), 3)),
+    ):
+        with pytest.raises(TypeError, match="positional"):
+            call()
+
+
+def test_the_documented_defaults():
+    plain, spelled_out = AGM(), AGM(
+        loss=True, interpolation=True, discrepancy="total_variation", ratio=0.1, decay=0.95,
+        interval=10, alternate=True, seed=0,
+    )  # fmt: skip
+    for step, again in zip(steps(1, 25), steps(1, 25), strict=True):
+        got, want = (
+            (agm.generator_loss(**s), agm.student_batch(images=s["images"].detach()))
+            for agm, s in ((plain, step), (spelled_out, again))
+        )
+        assert all(same_bits(a.detach(), b.detach()) for a, b in zip(got, want, strict=True))

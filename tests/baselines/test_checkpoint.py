@@ -22,6 +22,7 @@ from baselines import load_quantized, save_quantized
 from baselines.checkpoint import (
     DIGEST_SIZE,
     MAGIC,
+    fingerprint,
     load,
     load_matching,
     load_newest,
@@ -395,6 +396,25 @@ def test_one_difference_is_enough(change, part):
     assert bits(model) == before
 
 
+def test_three_differences_of_a_kind_are_shown():
+    model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(3)))
+    for state, shown in (
+        ({}, "missing ['0.bias', '0.weight', '1.bias'], unexpected [], other shapes []"),
+        (
+            model.state_dict() | {f"extra{i}": torch.zeros(1) for i in range(5)},
+            "missing [], unexpected ['extra0', 'extra1', 'extra2'], other shapes []",
+        ),
+        (
+            {k: torch.zeros(2) for k in model.state_dict()},
+            "missing [], unexpected [], other shapes ['0.bias: (2,) instead of (1,)', "
+            "'0.weight: (2,) instead of (1, 1)', '1.bias: (2,) instead of (1,)']",
+        ),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            load_matching(model, state, "here")
+        assert f"here is of another network: {shown}; give" in str(caught.value)
+
+
 def test_a_quantized_network_keeps_its_settings(path):
     settings = {"weight_bits": 5, "act_bits": 2, "scheme": "symmetric", "edge_bits": 8,
                 "ste": "clipped", "range_estimator": "mse", "fold_batch_norm": True}  # fmt: skip
@@ -405,6 +425,35 @@ def test_a_quantized_network_keeps_its_settings(path):
     )
     assert torch.equal(loaded(images()), want[0](images()))
     assert [str(m) for m in loaded.modules()][1:] == [str(m) for m in want[0].modules()][1:]
+
+
+# Fingerprints
+
+
+def test_the_hash_sees_names_dtypes_shapes_and_bytes():
+    def holding(name: str, value: torch.Tensor) -> str:
+        module = nn.Module()
+        module.register_buffer(name, value)
+        return fingerprint(module)
+
+    x = torch.arange(6, dtype=torch.int32)
+    others = [
+        holding("x", x),
+        holding("y", x),
+        holding("x", x.view(2, 3)),
+        holding("x", x.view(torch.float32)),
+        holding("x", x + 1),
+        holding("x", torch.tensor(1.0)),
+        holding("x", torch.zeros(3, dtype=torch.bfloat16)),
+    ]
+    assert len(set(others)) == len(others)
+    assert all(len(h) == 16 and int(h, 16) >= 0 for h in others)
+
+
+def test_the_hash_ignores_the_memory_format():
+    model = Tiny()
+    before = fingerprint(model)
+    assert fingerprint(model.to(memory_format=torch.channels_last)) == before
 
 
 # Kills

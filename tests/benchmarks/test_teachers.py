@@ -364,35 +364,6 @@ def test_missing_weights(tmp_path):
         fails(load_weights, digits_cnn(), path, parts=(f"no weights file at '{path}'", "pass"))
 
 
-# teacher_hash
-
-
-def test_the_hash_sees_names_dtypes_shapes_and_bytes():
-    def holding(name: str, value: torch.Tensor) -> str:
-        module = nn.Module()
-        module.register_buffer(name, value)
-        return fingerprint(module)
-
-    x = torch.arange(6, dtype=torch.int32)
-    others = [
-        holding("x", x),
-        holding("y", x),
-        holding("x", x.view(2, 3)),
-        holding("x", x.view(torch.float32)),
-        holding("x", x + 1),
-        holding("x", torch.tensor(1.0)),
-        holding("x", torch.zeros(3, dtype=torch.bfloat16)),
-    ]
-    assert len(set(others)) == len(others)
-    assert all(len(h) == 16 and int(h, 16) >= 0 for h in others)
-
-
-def test_the_hash_ignores_the_memory_format():
-    model = digits_cnn()
-    before = fingerprint(model)
-    assert fingerprint(model.to(memory_format=torch.channels_last)) == before
-
-
 # accuracy
 
 
