@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agm import AgmError
+from baselines import METHODS
 from benchmarks import compare, report
 from benchmarks.errors import UsageError
 from benchmarks.process import locked
@@ -27,11 +28,15 @@ ALL_ARMS = "--with-agm loss interpolation both"
 RESNET = "--model resnet20"
 # Grid: the arguments of compare.py, and how many seeds.
 GRIDS = {
-    "resnet20-w3a3": (f"{RESNET} --bits 3 --baseline all --with-agm", 5),
-    "resnet20-w4a4": (f"{RESNET} --bits 4 --baseline all --with-agm", 3),
+    f"resnet20-w{bits}a{bits}-{method}": (
+        f"{RESNET} --bits {bits} --baseline {method} --with-agm", seeds,
+    )
+    for bits, seeds in ((3, 5), (4, 3))
+    for method in METHODS
+} | {
     "digits": (f"--bits 2 3 --baseline all {ALL_ARMS}", 10),
-    "resnet20-w5a5": (f"{RESNET} --bits 5 --baseline gdfq --with-agm", 3),
-    "resnet20-w3a3-parts": (
+    "resnet20-w5a5-gdfq": (f"{RESNET} --bits 5 --baseline gdfq --with-agm", 3),
+    "resnet20-w3a3-gdfq-parts": (
         f"{RESNET} --bits 3 --baseline gdfq --with-agm loss interpolation", 5,
     ),
 }  # fmt: skip
