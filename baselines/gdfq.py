@@ -90,7 +90,7 @@ def paper(image_size: int) -> tuple[GDFQ, Recipe]:
 def quick(image_size: int) -> tuple[GDFQ, Recipe]:
     """What two CPU cores can wait for; every choice from ``benchmarks/results/ablation.md``."""
     recipe = Recipe(
-        steps=1_200,
+        steps=3_600,
         batch_size=64,
         warmup=0.25,
         observe=0.01,

@@ -40,7 +40,10 @@ from benchmarks.task import Task, load_task
 # The digits' images have 16 times fewer pixels than CIFAR's and need fewer steps.
 DIGITS_STEPS = 600
 # Of a finished cell; None in one that failed.
-RESULTS = ("accuracy_ptq", "accuracy_last", "seconds", "steps_per_s", "checkpoint")
+RESULTS = (
+    "accuracy_ptq", "accuracy_last", "accuracy_tuning", "accuracy_proof", "seconds", "steps_per_s",
+    "checkpoint",
+)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,8 +62,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="digits (default), resnet20, torchvision:NAME or package.module:factory")
     add("--weights", type=Path, help="trained weights: a state_dict, bare or in a checkpoint")
     add("--data", type=Path, help="ImageFolder to evaluate on; without it accuracies are n/a")
-    add("--half", choices=("tuning", "proof"),
-        help="judge on the first or on the second half of each class (default: on all images)")
     add("--image-size", type=int, help="pixels a side (default: digits 8, torchvision 224, or 32)")
     add("--num-classes", type=int, help="default: the folders of --data, or 10 (torchvision 1000)")
     add("--mean", type=float, nargs="+", help="of the model's input (default: ImageNet's)")
@@ -306,6 +307,7 @@ class Comparison:
             "accuracy_fp": self.accuracy_fp,
             "accuracy_ptq": result.accuracies[0] if result.accuracies else None,
             "accuracy_last": result.accuracies[-1] if result.accuracies else None,
+            **self.task.accuracy_of_halves(result.model),
             "seconds": result.seconds,
             "steps_per_s": result.steps_per_s,
             "checkpoint": f"{cell['name']}.ckpt",

@@ -2,8 +2,8 @@
 
     python benchmarks/proof.py --weights cifar10_resnet20.th --data cifar10/dev
 
-Each seed of a grid is one compare.py run on the proof half of the images; its finished cells are
-added to benchmarks/results/proof/GRID.json. A stopped or killed queue goes on with the same
+Each seed of a grid is one run of compare.py; its finished cells are added to
+benchmarks/results/proof/GRID.json. A stopped or killed queue goes on with the same
 command, and several may work side by side: each takes the next seed that nobody else works on.
 """
 
@@ -23,18 +23,18 @@ from benchmarks.process import locked
 
 RESULTS = Path(__file__).parent / "results" / "proof"
 FIRST_SEED = 100  # the search used the seeds below
-ARMS = "--with-agm loss interpolation both"
+ALL_ARMS = "--with-agm loss interpolation both"
 RESNET = "--model resnet20"
 # Grid: the arguments of compare.py, and how many seeds.
 GRIDS = {
-    "resnet20-w3a3-gdfq": (f"{RESNET} --bits 3 --baseline gdfq {ARMS}", 5),
-    "resnet20-w3a3-qimera": (f"{RESNET} --bits 3 --baseline qimera --with-agm", 5),
-    "resnet20-w3a3-adadfq": (f"{RESNET} --bits 3 --baseline adadfq --with-agm", 5),
-    "digits-w2a2": (f"--bits 2 --baseline all {ARMS}", 10),
-    "digits-w3a3": (f"--bits 3 --baseline all {ARMS}", 10),
+    "resnet20-w3a3": (f"{RESNET} --bits 3 --baseline all --with-agm", 5),
     "resnet20-w4a4": (f"{RESNET} --bits 4 --baseline all --with-agm", 3),
-    "resnet20-w5a5-gdfq": (f"{RESNET} --bits 5 --baseline gdfq --with-agm", 3),
-}
+    "digits": (f"--bits 2 3 --baseline all {ALL_ARMS}", 10),
+    "resnet20-w5a5": (f"{RESNET} --bits 5 --baseline gdfq --with-agm", 3),
+    "resnet20-w3a3-parts": (
+        f"{RESNET} --bits 3 --baseline gdfq --with-agm loss interpolation", 5,
+    ),
+}  # fmt: skip
 
 
 def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
@@ -51,11 +51,17 @@ def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
         report.write_json(path, known)
 
 
-def missing(grid: str, argv: list[str]) -> bool:
-    """Whether the grid's file lacks a cell of this run."""
-    path = RESULTS / f"{grid}.json"
-    known = json.loads(path.read_text())["cells"] if path.exists() else []
-    return not {c["name"] for c in compare.grid(compare.parse(argv))} <= {c["name"] for c in known}
+def missing(argv: list[str]) -> bool:
+    """Whether no grid's file has some cell of this run."""
+    args = compare.parse(argv)
+    files = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
+    known = {
+        cell["name"]
+        for file in files
+        for cell in file["cells"]
+        if cell["settings"]["model"] == args.model
+    }
+    return not {cell["name"] for cell in compare.grid(args)} <= known
 
 
 def main(argv: list[str]) -> int:
@@ -76,12 +82,13 @@ def main(argv: list[str]) -> int:
     ]
     for grid, seed in runs:
         arguments = GRIDS[grid][0]
-        out = args.out / f"{grid}-seed{seed}"
-        run = [*shlex.split(arguments), "--half", "proof", "--seeds", "1"]
+        model = "resnet20" if arguments.startswith(RESNET) else "digits"
+        out = args.out / f"{model}-seed{seed}"  # grids share a baseline's runs
+        run = [*shlex.split(arguments), "--seeds", "1"]
         run += ["--first-seed", str(seed), "--out", str(out)]
-        if arguments.startswith(RESNET):
+        if model == "resnet20":
             run += ["--weights", str(args.weights), "--data", str(args.data)]
-        if not missing(grid, run):
+        if not missing(run):
             continue
         try:
             with locked(out):

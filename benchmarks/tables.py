@@ -49,11 +49,11 @@ def proof_table(rows: list[Row]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for title, arms in rows:
-        base = report.by_seed(arms["none"], "accuracy_last")
+        base = report.by_seed(arms["none"], "accuracy_proof")
         line = [title, report.mean_std(list(base.values()))]
         counts = []
         for arm in report.ARMS[1:]:
-            last = report.by_seed(arms.get(arm, []), "accuracy_last")
+            last = report.by_seed(arms.get(arm, []), "accuracy_proof")
             difference = report.paired_difference(base, last)
             text, _, n = report.difference_text(difference).rpartition(", n=")
             line.append(text if last else "")
@@ -96,9 +96,9 @@ def picture(rows: list[Row], path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     labels = []
     for i, (title, arms) in enumerate(rows):
-        base = report.by_seed(arms["none"], "accuracy_last")
+        base = report.by_seed(arms["none"], "accuracy_proof")
         difference = report.paired_difference(
-            base, report.by_seed(arms.get("both", []), "accuracy_last")
+            base, report.by_seed(arms.get("both", []), "accuracy_proof")
         )
         labels.append(f"{title} (n={difference['n']})")
         if difference["mean"] is None:
@@ -114,7 +114,7 @@ def picture(rows: list[Row], path: Path) -> None:
     )
     title, arms = rows[0]
     panels = {
-        "accuracy": "accuracy on the proof half (%)",
+        "accuracy": "accuracy on all evaluation images (%)",
         "batch_similarity": "cosine similarity of features\nbetween images of a batch",
     }
     for axis, (key, label) in zip(axes[1:], panels.items(), strict=True):
@@ -136,8 +136,9 @@ def picture(rows: list[Row], path: Path) -> None:
 def fill(text: str, tables: dict[str, str]) -> str:
     """``text`` with each table between its markers; a marker that is not there is an error."""
     for name, table in tables.items():
-        pattern = rf"(<!-- {name} -->\n\n).*?(\n\n<!-- end -->)"
-        text, count = re.subn(pattern, lambda m, t=table: m[1] + t + m[2], text, flags=re.DOTALL)
+        pattern = rf"(<!-- {name} -->).*?(<!-- end -->)"
+        between = f"\n\n{table}\n\n"
+        text, count = re.subn(pattern, lambda m, b=between: m[1] + b + m[2], text, flags=re.DOTALL)
         if count != 1:
             raise ValueError(f"README.md must have the markers of {name!r} once, found {count}")
     return text

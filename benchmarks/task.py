@@ -25,11 +25,19 @@ class Task:
     labels: Tensor | None
     device: str
 
-    def accuracy(self, model: nn.Module) -> float:
-        """In %, always computed in float32."""
+    def accuracy(self, model: nn.Module, chosen: Tensor | slice = slice(None)) -> float:
+        """In %, on all or the ``chosen`` images, always computed in float32."""
         assert self.images is not None
         assert self.labels is not None
-        return teachers.accuracy(model, self.images, self.labels, device=self.device)
+        images, labels = self.images[chosen], self.labels[chosen]
+        return teachers.accuracy(model, images, labels, device=self.device)
+
+    def accuracy_of_halves(self, model: nn.Module) -> dict[str, float | None]:
+        """``accuracy_tuning``, of the images that choices are made on, and ``accuracy_proof``."""
+        if self.labels is None:
+            return {"accuracy_tuning": None, "accuracy_proof": None}
+        parts = halves(self.labels)
+        return {f"accuracy_{name}": self.accuracy(model, part) for name, part in parts.items()}
 
     def data_hash(self) -> str | None:
         """16 hex digits over the evaluation images."""
@@ -103,11 +111,6 @@ def load_task(args: argparse.Namespace) -> Task:
         images, labels = datasets.image_folder(
             args.data, image_size=size, mean=mean, std=std, num_classes=num_classes
         )
-    if args.half is not None:
-        if images is None or labels is None:
-            raise UsageError("--half needs --data, the images to take half of")
-        chosen = halves(labels)[args.half]
-        images, labels = images[chosen], labels[chosen]
     teacher.to(args.device)
     return Task(teacher, size, tuple(mean), tuple(std), images, labels, args.device)
 

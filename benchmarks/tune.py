@@ -24,7 +24,7 @@ from baselines.student import QuantizationConfig
 from baselines.trainer import Trainer
 from benchmarks import compare
 from benchmarks.errors import UsageError
-from benchmarks.task import load_task
+from benchmarks.task import halves, load_task
 
 CURVE_STEPS = 150
 
@@ -55,8 +55,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--records", type=Path, default=Path("benchmarks/results/tuning.jsonl"))
     own, rest = parser.parse_known_args(argv)
     try:
-        args = compare.parse([*rest, "--half", "tuning"])
+        args = compare.parse(rest)
         task, changes = load_task(args), settings(own.pairs)
+        if task.labels is None:
+            raise UsageError("--data is missing, the images to judge on")
+        tuning = halves(task.labels)["tuning"]
         (weight_bits, act_bits), (method,) = args.widths[0], args.methods
         losses, recipe = METHODS[method].quick(task.image_size)
         if args.steps:
@@ -83,7 +86,7 @@ def main(argv: list[str]) -> int:
                 trainer.step()
                 since, left = step + 1 - recipe.warmup_steps, recipe.steps - step - 1
                 if since >= 0 and (left == 0 or since % CURVE_STEPS == 0):
-                    curve.append([step + 1, task.accuracy(trainer.student)])
+                    curve.append([step + 1, task.accuracy(trainer.student, tuning)])
                     trainer.student.eval()
             row = {
                 "name": own.name, "seed": seed, "accuracy_tune": curve[-1][1], "curve": curve,

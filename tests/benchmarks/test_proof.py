@@ -40,8 +40,9 @@ def test_every_grid_runs_once(queue, tmp_path, monkeypatch):
     assert set(found) == {f"gdfq-w3a3-{arm}-seed{seed}" for arm in arms for seed in seeds}
     assert set(cells(tmp_path, "b")) == {f"adadfq-w2a2-none-seed{proof.FIRST_SEED}"}
     for cell in found.values():
-        assert 0 <= cell["accuracy_last"] <= 100
-        assert "--half proof" in cell["command"]
+        halves = cell["accuracy_tuning"], cell["accuracy_proof"]
+        assert min(halves) <= cell["accuracy_last"] <= max(halves)
+        assert f"--first-seed {cell['seed']} " in cell["command"]
         assert cell["settings"]["data_hash"]
     monkeypatch.setattr(compare, "main", lambda argv: pytest.fail("nothing was left to do"))
     assert queue() == 0
@@ -67,10 +68,24 @@ def test_a_stopped_queue_goes_on(queue, tmp_path, monkeypatch):
 
 
 def test_what_another_queue_works_on_is_left_to_it(queue, tmp_path, capsys):
-    with locked(tmp_path / "runs" / f"a-seed{proof.FIRST_SEED}"):
+    with locked(tmp_path / "runs" / f"digits-seed{proof.FIRST_SEED}"):
         assert queue() == 0
     assert "another queue" in capsys.readouterr().out
     assert {c["seed"] for c in cells(tmp_path, "a").values()} == {proof.FIRST_SEED + 1}
+    assert queue() == 0
+    assert len(cells(tmp_path, "a")) == 4
+
+
+def test_grids_share_their_runs(queue, tmp_path, monkeypatch):
+    assert queue() == 0
+    started, real = [], compare.quantize
+    monkeypatch.setattr(
+        compare, "quantize", lambda *a, **k: started.append(k["hooks"]) or real(*a, **k)
+    )
+    monkeypatch.setitem(GRIDS, "c", (GRIDS["a"][0] + " loss", 1))
+    assert queue() == 0
+    ((hook,),) = started
+    assert (hook.loss, hook.interpolation) == (True, False)
 
 
 def test_a_mistake_ends_the_queue(queue, monkeypatch):

@@ -15,7 +15,8 @@ def cell(arm, seed, accuracy, *, method="gdfq", bits=3, model="resnet20"):
     history = [{"step": s, "accuracy": accuracy - 1, "batch_similarity": 0.5} for s in steps]
     return {
         "name": f"{model}{method}{bits}{arm}{seed}", "method": method, "hooks": arm,
-        "weight_bits": bits, "act_bits": bits, "seed": seed, "accuracy_last": accuracy,
+        "weight_bits": bits, "act_bits": bits, "seed": seed,
+        "accuracy_last": -1, "accuracy_proof": accuracy,
         "error": None, "settings": {"model": model}, "history": history,
     }  # fmt: skip
 
