@@ -425,6 +425,7 @@ def test_integer_labels_before_any_logits_are_a_named_error():
         ({"ratio": float("nan")}, "ratio.*got nan"),
         ({"ratio": float("inf")}, "ratio.*got inf"),
         ({"decay": 1}, "decay.*got 1"),
+        ({"decay": 1.5}, r"decay.*got 1\.5"),
         ({"decay": -0.1}, "decay.*got -0.1"),
         ({"decay": float("nan")}, "decay.*got nan"),
         ({"interval": 0}, "interval.*got 0"),
