@@ -152,6 +152,7 @@ class Comparison:
         self.accuracy_fp = None if task.images is None else task.accuracy(task.teacher)
         self.cells = grid(args)
         self.steps: dict[str, int] = {}
+        self.precision = self.args.precision
         self.stop = Stop()
 
     def run(self) -> int:
@@ -164,7 +165,9 @@ class Comparison:
         judged = 0 if self.task.images is None else len(self.task.images)
         print(f"Teacher {self.args.model}: full precision {fp} on {judged} evaluation images")
         print(
-            f"{len(self.cells)} runs, {len(rows)} of them done before, into {self.out}", flush=True
+            f"{len(self.cells)} runs, {len(rows)} of them done before, into {self.out}; "
+            f"{self.precision} on {self.args.device}",
+            flush=True,
         )
         for (weight_bits, act_bits), policy in policies.items():
             print(f"\nBit policy W{weight_bits}A{act_bits}\n{policy}\n", flush=True)
@@ -204,6 +207,7 @@ class Comparison:
                 )
                 policies[weight_bits, act_bits] = str(trainer.policy)
                 self.steps[method] = trainer.recipe.steps
+                self.precision = trainer.precision
         return policies
 
     def _training(self) -> dict[str, Any]:

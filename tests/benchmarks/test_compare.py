@@ -26,6 +26,7 @@ from baselines import METHODS, load_quantized
 from baselines import checkpoint as checkpoints
 from baselines.checkpoint import fingerprint
 from baselines.errors import NonFiniteLossError
+from baselines.trainer import resolve_precision
 from benchmarks import compare, datasets, teachers
 from benchmarks.networks import resnet20
 from benchmarks.process import locked
@@ -224,6 +225,7 @@ def test_each_cell_leaves_a_network_that_is_as_good_as_reported(finished):
 def test_what_is_printed(finished):
     _, argv, text = finished
     assert re.search(r"full precision 9\d\.\d\d %", text)
+    assert f"; {resolve_precision('auto', torch.device('cpu'))} on cpu\n" in text
     policy = text.index("Bit policy W3A3")
     assert text.count("Bit policy") == 1
     assert "layer3.0.conv2.weight" in text[policy : text.index("Wrote")]
