@@ -97,7 +97,8 @@ def load(path: str | Path) -> dict[str, Any]:
 def load_newest(path: str | Path) -> dict[str, Any] | None:
     """The newest intact one of ``path`` and ``<path>.previous``; None if neither exists.
 
-    A damaged newest file is named in a warning; a temporary file of a killed run is removed.
+    A damaged newest file is named in a warning and replaced by the one before, so that the next
+    save keeps that one; a temporary file of a killed run is removed.
     """
     path = Path(path)
     for stale in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
@@ -105,11 +106,15 @@ def load_newest(path: str | Path) -> dict[str, Any] | None:
     candidates = [p for p in (path, previous(path)) if p.exists()]
     for i, candidate in enumerate(candidates):
         try:
-            return load(candidate)
+            state = load(candidate)
         except CheckpointError as error:
             if i == len(candidates) - 1:
                 raise
             warnings.warn(f"{error}; going on from {candidates[i + 1]}", stacklevel=2)
+            continue
+        if candidate != path:
+            os.replace(candidate, path)
+        return state
     return None
 
 
@@ -136,7 +141,13 @@ def load_quantized(path: str | Path, architecture: nn.Module) -> nn.Module:
     if set(state) != {"config", "model"}:
         raise CheckpointError(f"{path} is not a quantized network; it holds {sorted(state)}")
     architecture = copy.deepcopy(architecture).float()
-    model, _ = build_student(architecture, QuantizationConfig(**state["config"]))
+    try:
+        config = QuantizationConfig(**state["config"])
+    except TypeError as error:
+        raise CheckpointError(
+            f"{path} was written by another version of this program ({error}); use that one"
+        ) from error
+    model, _ = build_student(architecture, config)
     load_matching(model, state["model"], str(path))
     # As it was trained: another memory format would round differently.
     return model.to(memory_format=torch.channels_last)

@@ -401,6 +401,15 @@ def test_a_checkpoint_is_no_quantized_network(tmp_path):
         load_quantized(tmp_path / "run.pt", Tiny())
 
 
+def test_a_quantized_network_of_another_version(tmp_path):
+    run().save(tmp_path / "net.pt")
+    state = checkpoint.load(tmp_path / "net.pt")
+    state["config"]["rounding"] = "stochastic"
+    checkpoint.save(tmp_path / "net.pt", state)
+    with pytest.raises(CheckpointError, match=r"net\.pt.*another version.*rounding"):
+        load_quantized(tmp_path / "net.pt", Tiny())
+
+
 # Bad settings
 
 
