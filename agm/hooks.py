@@ -86,9 +86,9 @@ class AGM:
     The student's batch is interpolated (:class:`agm.LinearInterpolation`); the trainer then asks
     the teacher about the new images.
 
-    The two take turns, the loss first. Each is the dearer of the two only with the other in the
-    same step: the loss needs the student's forward on the generated images, which is free where
-    the student then learns from these images as they are.
+    The two take turns, the loss first, also where one of them is switched off: the loss needs the
+    student's forward on the generated images, which a trainer can share where the student then
+    learns from these images as they are.
 
     Args:
         loss, interpolation: switch either part off (default: both on).

@@ -15,7 +15,8 @@
             p = teacher(images) if a hook changed them else p.detach()
             student learns from method.student_terms(student(images), p, labels)
 
-Teacher and student stay in eval mode, the generator in train mode.
+Teacher and student stay in eval mode, the generator in train mode. A student that was asked about
+the images in the generator's turn is not run on them again in its own.
 """
 
 import copy
