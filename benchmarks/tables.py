@@ -43,22 +43,26 @@ def proof_rows(folder: Path) -> list[Row]:
 
 
 def proof_table(rows: list[Row]) -> str:
-    """Accuracy of the baseline and each arm's paired difference to it, as Markdown."""
+    """Accuracy of the baseline and each arm's paired difference to it, as Markdown.
+
+    n: seeds of the baseline, then pairs of each arm.
+    """
     lines = [
-        "| | baseline, last step % | + loss | + interpolation | **+ both** | n |",
-        "|---|---|---|---|---|---|",
+        "| | baseline, all images % | proof half % | + loss | + interpolation | **+ both** | n |",
+        "|---|---|---|---|---|---|---|",
     ]
     for title, arms in rows:
         base = report.by_seed(arms["none"], "accuracy_proof")
-        line = [title, report.mean_std(list(base.values()))]
-        counts = []
+        everywhere = report.by_seed(arms["none"], "accuracy_last")
+        line = [title, *(report.mean_std(list(v.values())) for v in (everywhere, base))]
+        counts = [str(len(base))]
         for arm in report.ARMS[1:]:
             last = report.by_seed(arms.get(arm, []), "accuracy_proof")
             difference = report.paired_difference(base, last)
             text, _, n = report.difference_text(difference).rpartition(", n=")
             line.append(text if last else "")
             counts += [n] if last else []
-        lines.append("| " + " | ".join([*line, "/".join(dict.fromkeys(counts))]) + " |")
+        lines.append("| " + " | ".join([*line, ", ".join(counts)]) + " |")
     return "\n".join(lines)
 
 
