@@ -91,7 +91,10 @@ def speed_table(paths: list[Path]) -> str:
 
 
 def picture(rows: list[Row], path: Path) -> None:
-    """Every paired difference with its interval, and the curves of the first row's arms."""
+    """Every paired difference with its interval, and the curves of the first row's arms.
+
+    Rows with fewer than two pairs, which have no interval, are left out of the first panel.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -99,20 +102,19 @@ def picture(rows: list[Row], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     labels = []
-    for i, (title, arms) in enumerate(rows):
+    for title, arms in rows:
         base = report.by_seed(arms["none"], "accuracy_proof")
-        difference = report.paired_difference(
-            base, report.by_seed(arms.get("both", []), "accuracy_proof")
-        )
-        labels.append(f"{title} (n={difference['n']})")
-        if difference["mean"] is None:
+        both = report.by_seed(arms.get("both", []), "accuracy_proof")
+        difference = report.paired_difference(base, both)
+        if difference["n"] < 2:
             continue
-        axes[0].plot(difference["mean"], i, "o", color="C1")
-        if difference["low"] is not None:
-            axes[0].plot([difference["low"], difference["high"]], [i, i], color="C1")
+        place = len(labels)
+        axes[0].plot(difference["mean"], place, "o", color="C1")
+        axes[0].plot([difference["low"], difference["high"]], [place, place], color="C1")
+        labels.append(f"{title} (n={difference['n']})")
     axes[0].axvline(0, color="grey", lw=1)
-    axes[0].set_yticks(range(len(rows)), labels, fontsize=8)
-    axes[0].invert_yaxis()
+    axes[0].set_yticks(range(len(labels)), labels, fontsize=8)
+    axes[0].set_ylim(len(labels) - 0.5, -0.5)
     axes[0].set(
         xlabel="accuracy with AGM - without (points)\nmean and 95 % interval over paired seeds"
     )
