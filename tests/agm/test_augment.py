@@ -186,14 +186,17 @@ X = torch.zeros(3, 2)
         ((torch.zeros(()),), r"\(\)"),
         ((X.int(),), "int32"),
         ((X, torch.zeros(2, 4)), r"\(3, C\).*\(2, 4\)"),
+        ((X, torch.zeros(4, 4)), r"\(3, C\).*\(4, 4\)"),
         ((X, torch.zeros(3)), r"\(3, C\).*\(3,\)"),
         ((X, torch.zeros(3, 4, 1)), r"\(3, 4, 1\)"),
         ((X, torch.zeros(3).long()), "num_classes"),
         ((X, torch.zeros(4).long(), 5), r"\(3,\).*\(4,\)"),
+        ((X, torch.zeros(2).long(), 5), r"\(3,\).*\(2,\)"),
         ((X, torch.zeros(3, 5).long(), 5), r"\(3,\).*\(3, 5\)"),
         ((X, torch.tensor([0, 5, 1]), 5), r"\[0, 5\)"),
         ((X, torch.tensor([0, -1, 1]), 5), r"\[0, 5\)"),
         ((X, torch.tensor([0, 2, 1]), -1), "-1"),
+        ((X, torch.tensor([0, 2, 1]), 0), "num_classes must be >= 1, got 0"),
         ((X, None, None, torch.zeros(2)), r"weight.*\(3,\).*\(2,\)"),
         ((X, None, None, torch.zeros(3, 1)), r"weight.*\(3,\).*\(3, 1\)"),
     ],
@@ -203,3 +206,14 @@ def test_bad_argument_is_a_named_error(arguments, received):
     with pytest.raises(AgmError, match=received) as caught:
         LinearInterpolation()(**dict(zip(names, arguments, strict=False)))
     assert isinstance(caught.value, ValueError)
+
+
+def test_settings_and_options_go_by_name():
+    with pytest.raises(TypeError):
+        LinearInterpolation(1)
+    with pytest.raises(TypeError):
+        LinearInterpolation()(X, X, 2)
+
+
+def test_images_without_pixels_are_a_batch():
+    assert LinearInterpolation()(torch.zeros(3, 0)).shape == (3, 0)
