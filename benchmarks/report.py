@@ -121,6 +121,19 @@ def curves(cells: Sequence[Cell], key: str) -> tuple[list[int], np.ndarray]:
     return steps, np.array([[s[step] for step in steps] for s in series])
 
 
+def plot_curves(axis: Any, arms: dict[str, list[Cell]], key: str, label: str) -> None:
+    """Mean and range over seeds of a figure of the history, a line an arm."""
+    for arm, runs in arms.items():
+        steps, values = curves(runs, key)
+        if not steps:
+            continue
+        (line,) = axis.plot(steps, values.mean(0), label=ARM_NAMES[arm], marker=".")
+        low, high = values.min(0), values.max(0)
+        axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
+    axis.set(xlabel="step", ylabel=label)
+    axis.grid(alpha=0.3)
+
+
 def picture(
     cells: Sequence[Cell], images: dict[str, np.ndarray], path: Path, *, title: str
 ) -> None:
@@ -149,15 +162,7 @@ def picture(
     }
     for row, (key, arms) in zip(axes, panels.items(), strict=True):
         for axis, (figure_key, label) in zip(row, labels.items(), strict=False):
-            for arm, runs in arms.items():
-                steps, values = curves(runs, figure_key)
-                if not steps:
-                    continue
-                (line,) = axis.plot(steps, values.mean(0), label=ARM_NAMES[arm], marker=".")
-                low, high = values.min(0), values.max(0)
-                axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
-            axis.set(xlabel="step", ylabel=label)
-            axis.grid(alpha=0.3)
+            plot_curves(axis, arms, figure_key, label)
         row[0].set_title(f"{key[0]} W{key[1]}A{key[2]} (mean and range over seeds)", fontsize=10)
         fp = [c["accuracy_fp"] for runs in arms.values() for c in runs if c.get("accuracy_fp")]
         if fp:

@@ -20,8 +20,6 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 NAMES = {"gdfq": "GDFQ", "qimera": "Qimera", "adadfq": "AdaDFQ"}
 TASKS = {"resnet20": "ResNet-20", "digits": "digits"}
-STEP = {"plain": "plain", "none": "ours", "loss": "+ loss", "interpolation": "+ interpolation",
-        "both": "+ both"}  # fmt: skip
 Row = tuple[str, dict[str, list[Cell]]]
 
 
@@ -78,9 +76,7 @@ def speed_table(paths: list[Path]) -> str:
             times = {
                 k: f"{1e3 * v['seconds']:.0f} ± {1e3 * v['spread']:.0f}" for k, v in figures.items()
             }
-            cost = {
-                k: f"{100 * v['over_baseline']:+.0f} %" for k, v in figures.items() if k in STEP
-            }
+            cost = {k: f"{100 * figures[k]['over_baseline']:+.0f} %" for k in report.ARMS[1:]}
             peaks = " / ".join(f"{figures[k]['peak_mib']:.0f}" for k in ("plain", "none", "both"))
             lines.append(
                 f"| {NAMES[method]}, {content['batch_size']} | {times['plain']} "
@@ -124,16 +120,8 @@ def picture(rows: list[Row], path: Path) -> None:
         "batch_similarity": "cosine similarity of features\nbetween images of a batch",
     }
     for axis, (key, label) in zip(axes[1:], panels.items(), strict=True):
-        for arm in ("none", "both"):
-            steps, values = report.curves(arms.get(arm, []), key)
-            if not steps:
-                continue
-            (line,) = axis.plot(steps, values.mean(0), label=report.ARM_NAMES[arm], marker=".")
-            low, high = values.min(0), values.max(0)
-            axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
-        axis.set(xlabel="step", ylabel=label)
+        report.plot_curves(axis, {a: arms[a] for a in ("none", "both") if a in arms}, key, label)
         axis.set_title(f"{title}, mean and range over seeds", fontsize=9)
-        axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
