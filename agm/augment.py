@@ -66,7 +66,7 @@ class LinearInterpolation:
         permutation = torch.randperm(n, generator=self._rng).to(images.device)
         if weight is None:
             weight = torch.rand(n, dtype=torch.float64, generator=self._rng)
-        elif not isinstance(weight, Tensor) or weight.ndim == 0:
+        elif not isinstance(weight, Tensor) or not weight.ndim:
             weight = torch.full((n,), float(weight), dtype=torch.float64)
         weight = weight.to(images)
         mixed = interpolate(images, permutation, weight)

@@ -93,7 +93,7 @@ class DiversityProbe:
                 stack.callback(handle.remove)
             images = _on_copied_buffers(self.generator, *self.latents)
             logits = _on_copied_buffers(self.teacher, images)
-            features = seen[-1] if seen else logits
+            features = seen.pop() if seen else logits
             # Clones: a generator may write to what it returned.
             return images.float().clone(), features.flatten(1).float().clone()
 

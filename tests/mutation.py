@@ -6,11 +6,13 @@ cosmic-ray's own runner starts Python and imports torch anew for every mutant; t
 replaced here. A mutant is run in a copy of the working tree, against the test files of its module,
 and is killed by a failing test or by 300 seconds of CPU time. One that cannot be imported does not
 count. Survivors are printed as differences. Left out are replacements that nearly always raise an
-error on tensors and numbers with a fraction, and ``is`` for ``==``. Hypothesis draws 25 examples a
+error on tensors and numbers with a fraction, ``is`` for ``==``, and what only a type checker reads:
+``@overload`` and the signatures of a Protocol. Hypothesis draws 25 examples a
 test, an eighth of the usual.
 """
 
 import argparse
+import ast
 import difflib
 import importlib
 import os
@@ -46,8 +48,21 @@ TESTS = {
         "baselines/test_run.py::test_a_quantized_network_of_another_version",
     ],
 }
+UNREAD = ("overload", "Protocol")
 LEFT_OUT = re.compile(r"BinaryOperator_\w+_(?:Bit\w+|[LR]Shift|Mod|FloorDiv|Pow)$|_Is$|_IsNot$")
 INCOMPETENT = 77
+
+
+def unread_lines(source: str) -> set[int]:
+    """The lines of ``@overload`` signatures and of Protocol classes."""
+    lines: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            marks = [*node.decorator_list, *(node.bases if isinstance(node, ast.ClassDef) else ())]
+            if any(isinstance(mark, ast.Name) and mark.id in UNREAD for mark in marks):
+                first = min(mark.lineno for mark in [node, *marks])
+                lines |= {*range(first, (node.end_lineno or first) + 1)}
+    return lines
 
 
 def outcome(tree: Path, module: str) -> str:
@@ -92,9 +107,10 @@ def main() -> None:
             shutil.copy(ROOT / name, tree / name)
         assert outcome(tree, args.module) == "survived", "the tests fail without any mutation"
         source = (ROOT / args.module).read_text()
+        unread = unread_lines(source)
         for item in _all_work_items([ROOT / args.module], {}):
             (mutation,) = item.mutations
-            if LEFT_OUT.search(mutation.operator_name):
+            if LEFT_OUT.search(mutation.operator_name) or mutation.start_pos[0] in unread:
                 continue
             if args.only and mutation.start_pos[0] not in args.only:
                 continue

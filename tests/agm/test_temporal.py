@@ -108,6 +108,14 @@ def test_a_teacher_without_linear_layers_gives_its_output(seed, n):
     assert rows[1]["feature_movement"] == pytest.approx(by_hand(b, a)[0], rel=1e-4)
 
 
+def test_features_are_what_the_last_of_several_linear_layers_receives():
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(48, 5), nn.Tanh(), nn.Linear(5, 4))
+    images, rows = watched(0, 4, teacher)
+    with torch.no_grad():
+        features = teacher[:-1](images[0])
+    assert rows[0]["batch_similarity"] == pytest.approx(by_hand(features, features)[1], abs=1e-5)
+
+
 @given(seeds, st.integers(2, 6))
 def test_a_frozen_generator_does_not_move(seed, n):
     probe = DiversityProbe(image_generator(), latents(seed, n), classifier())
@@ -121,6 +129,13 @@ def test_a_generator_deaf_to_its_latents_is_homogeneous(seed, n):
     image = torch.randn(3, 4, 4, generator=rng(seed))
     probe = DiversityProbe(lambda z: image.expand(len(z), -1, -1, -1), latents(n=n), classifier())
     assert probe()["batch_similarity"] == pytest.approx(1, abs=1e-5)
+
+
+def test_black_images_that_stay_black_do_not_move():
+    probe = DiversityProbe(lambda z: torch.zeros(4, 3, 4, 4), latents(n=4), nn.Flatten())
+    probe()
+    row = probe()
+    assert row["image_movement"] == row["feature_movement"] == 0
 
 
 @given(seeds, st.floats(0.125, 4))
