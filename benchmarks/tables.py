@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import report
+from benchmarks.proof import EQUAL_TIME
 from benchmarks.report import Cell
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,11 +25,14 @@ Row = tuple[str, dict[str, list[Cell]]]
 
 
 def proof_rows(folder: Path) -> list[Row]:
-    """("ResNet-20 W3A3 GDFQ", cells by arm) of every grid, networks and bit widths in order."""
-    cells = [
-        c for path in sorted(folder.glob("*.json")) for c in json.loads(path.read_text())["cells"]
-    ]
-    rows = []
+    """("ResNet-20 W3A3 GDFQ", cells by arm) of every grid, networks and bit widths in order.
+
+    "Equal time" sets a baseline of more steps against the same arms.
+    """
+    files = {path.stem: json.loads(path.read_text())["cells"] for path in folder.glob("*.json")}
+    longer = files.pop(EQUAL_TIME, [])
+    cells = [c for name in sorted(files) for c in files[name]]
+    rows: list[Row] = []
     for task, title in TASKS.items():
         own = [c for c in cells if c["settings"]["model"] == task]
         order = {name: i for i, name in enumerate(NAMES)}
@@ -37,6 +41,9 @@ def proof_rows(folder: Path) -> list[Row]:
         ):
             method, weight_bits, act_bits = key
             rows.append((f"{title} W{weight_bits}A{act_bits} {NAMES[method]}", arms))
+            own_longer = report.groups(longer).get(key) if task == "resnet20" else None
+            if own_longer:
+                rows.append((f"{rows[-1][0]}, equal time", own_longer | {"both": arms.get("both", [])}))
     return rows
 
 

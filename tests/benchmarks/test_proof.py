@@ -68,7 +68,7 @@ def test_a_stopped_queue_goes_on(queue, tmp_path, monkeypatch):
 
 
 def test_what_another_queue_works_on_is_left_to_it(queue, tmp_path, capsys):
-    with locked(tmp_path / "runs" / f"digits-seed{proof.FIRST_SEED}"):
+    with locked(tmp_path / "runs" / f"digits-4-seed{proof.FIRST_SEED}"):
         assert queue() == 0
     assert "another queue" in capsys.readouterr().out
     assert {c["seed"] for c in cells(tmp_path, "a").values()} == {proof.FIRST_SEED + 1}
@@ -86,6 +86,16 @@ def test_grids_share_their_runs(queue, tmp_path, monkeypatch):
     assert queue() == 0
     ((hook,),) = started
     assert (hook.loss, hook.interpolation) == (True, False)
+
+
+def test_a_longer_run_is_another_run(queue, tmp_path, monkeypatch):
+    assert queue() == 0
+    monkeypatch.setitem(GRIDS, "c", (GRIDS["a"][0].replace("--steps 4", "--steps 5"), 1))
+    assert queue() == 0
+    found = cells(tmp_path, "c")
+    assert set(found) == {f"gdfq-w3a3-{arm}-seed{proof.FIRST_SEED}" for arm in ("none", "both")}
+    assert all(c["recipe"]["steps"] == 5 for c in found.values())
+    assert all(c["recipe"]["steps"] == 4 for c in cells(tmp_path, "a").values())
 
 
 def test_a_mistake_ends_the_queue(queue, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from benchmarks import tables
+from benchmarks.proof import EQUAL_TIME
 
 
 def cell(arm, seed, accuracy, *, method="gdfq", bits=3, model="resnet20"):
@@ -41,6 +42,18 @@ def test_proof_table(folder):
     want = f"| 79.00 ± 1.00 | 81.00 ± 1.00 | +0.00 n/a |  | {interval} | 3, 1, 3 |"
     assert first == f"| ResNet-20 W3A3 GDFQ {want}"
     assert second == "| digits W2A2 AdaDFQ | 95.00 ± n/a | 97.00 ± n/a |  |  |  | 1 |"
+
+
+def test_equal_time_is_a_longer_baseline_against_the_same_arm(folder):
+    longer = [cell("none", i, v) for i, v in enumerate([80.5, 83.0, 81.5])]
+    (folder / f"{EQUAL_TIME}.json").write_text(json.dumps({"cells": longer}))
+    rows = tables.proof_table(tables.proof_rows(folder)).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| ResNet-20 W3A3 GDFQ", "| ResNet-20 W3A3 GDFQ, equal time", "| digits W2A2 AdaDFQ",
+    ]  # fmt: skip
+    assert "| 81.67 ± 1.26 |" in rows[1]
+    assert f"| {(0.5 - 0.5 + 1.5) / 3:+.2f} [" in rows[1]
+    assert "| 81.00 ± 1.00 |" in rows[0]
 
 
 def test_picture(folder, tmp_path):
