@@ -43,7 +43,9 @@ def proof_rows(folder: Path) -> list[Row]:
             rows.append((f"{title} W{weight_bits}A{act_bits} {NAMES[method]}", arms))
             own_longer = report.groups(longer).get(key) if task == "resnet20" else None
             if own_longer:
-                rows.append((f"{rows[-1][0]}, equal time", own_longer | {"both": arms.get("both", [])}))
+                rows.append(
+                    (f"{rows[-1][0]}, equal time", own_longer | {"both": arms.get("both", [])})
+                )
     return rows
 
 
