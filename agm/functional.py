@@ -58,7 +58,7 @@ def _discrepancy(formula: Discrepancy) -> Discrepancy:
 @_discrepancy
 def logit_l1(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     """Mean absolute difference over classes, (N, C) -> (N,), in logit units, in [0, inf)."""
-    return (teacher_logits - student_logits).abs().mean(-1)
+    return (teacher_logits - student_logits).abs().mean(1)
 
 
 @_discrepancy
@@ -68,32 +68,32 @@ def logit_l2(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     Its gradient where both agree is 0.
     """
     difference = teacher_logits - student_logits
-    return torch.linalg.vector_norm(difference, dim=-1) / math.sqrt(difference.shape[-1])
+    return torch.linalg.vector_norm(difference, dim=1) / math.sqrt(difference.shape[1])
 
 
 @_discrepancy
 def kl_divergence(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     """KL(softmax(teacher) || softmax(student)), (N, C) -> (N,), in nats, in [0, inf)."""
-    log_p, log_q = F.log_softmax(teacher_logits, -1), F.log_softmax(student_logits, -1)
+    log_p, log_q = F.log_softmax(teacher_logits, 1), F.log_softmax(student_logits, 1)
     # Rounding can push a divergence of nearly equal distributions just below 0.
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).clamp(min=0)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1).clamp(min=0)
 
 
 @_discrepancy
 def js_divergence(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     """Jensen-Shannon divergence of the softmaxes, (N, C) -> (N,), in nats, in [0, ln 2]."""
-    log_p, log_q = F.log_softmax(teacher_logits, -1), F.log_softmax(student_logits, -1)
+    log_p, log_q = F.log_softmax(teacher_logits, 1), F.log_softmax(student_logits, 1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     to_middle = F.kl_div(log_m, log_p, reduction="none", log_target=True)
     to_middle = to_middle + F.kl_div(log_m, log_q, reduction="none", log_target=True)
-    return (to_middle.sum(-1) / 2).clamp(min=0)
+    return (to_middle.sum(1) / 2).clamp(min=0)
 
 
 @_discrepancy
 def total_variation(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     """Half the L1 distance of the softmaxes, (N, C) -> (N,), in [0, 1]."""
-    difference = F.softmax(teacher_logits, -1) - F.softmax(student_logits, -1)
-    return difference.abs().sum(-1) / 2
+    difference = F.softmax(teacher_logits, 1) - F.softmax(student_logits, 1)
+    return difference.abs().sum(1) / 2
 
 
 DISCREPANCIES: dict[str, Discrepancy] = {
@@ -125,11 +125,13 @@ def measure(discrepancy: Discrepancy, teacher_logits: Tensor, student_logits: Te
     return d
 
 
-def _gate(excess: Tensor, std: Tensor) -> Tensor:
-    """Phi(excess / std); for std = 0 its limit, the unit step with 1/2 at 0."""
-    z = excess / torch.where(std > 0, std, 1)
-    step = torch.heaviside(excess.detach(), torch.full_like(excess, 0.5))
-    return torch.where(std > 0, torch.special.erfc(-z / math.sqrt(2)) / 2, step)
+def _standardised(excess: Tensor, std: Tensor) -> Tensor:
+    """excess / std; 40 is as good as infinity in every dtype, and 0 / 0 is 0."""
+    return (excess / std).nan_to_num(0.0, posinf=40.0, neginf=-40.0)
+
+
+def _density(z: Tensor) -> Tensor:
+    return torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
 
 
 class _GaussianHinge(torch.autograd.Function):
@@ -140,12 +142,10 @@ class _GaussianHinge(torch.autograd.Function):
     @staticmethod
     def forward(excess: Tensor, std: Tensor) -> Tensor:
         # std * (phi(z) + z Phi(z)) = max(excess, 0) + std * tail(|z|), where the tail has no
-        # cancellation left: Phi(-a) = phi(a) * sqrt(pi / 2) * erfcx(a / sqrt(2)). Beyond a = 40
-        # it is 0 in every dtype, and the clamp keeps an infinite discrepancy from 0 * inf.
-        a = (excess / torch.where(std > 0, std, 1)).abs().clamp(max=40)
-        density = torch.exp(-a * a / 2) / math.sqrt(2 * math.pi)
+        # cancellation left: Phi(-a) = phi(a) * sqrt(pi / 2) * erfcx(a / sqrt(2)).
+        a = _standardised(excess, std).abs()
         mills = math.sqrt(math.pi / 2) * torch.special.erfcx(a / math.sqrt(2))
-        return excess.clamp(min=0) + std * (density * (1 - a * mills))
+        return excess.clamp(min=0) + std * (_density(a) * (1 - a * mills))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -153,13 +153,9 @@ class _GaussianHinge(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        excess, std = ctx.saved_tensors
-        grad_std = None
-        if ctx.needs_input_grad[1]:
-            z = excess / torch.where(std > 0, std, 1)
-            density = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
-            grad_std = grad * torch.where(std > 0, density, 0)
-        return grad * _gate(excess, std), grad_std
+        z = _standardised(*ctx.saved_tensors)
+        grad_std = grad * _density(z) if ctx.needs_input_grad[1] else None
+        return grad * (torch.special.erfc(-z / math.sqrt(2)) / 2), grad_std
 
 
 def _widen(

@@ -153,7 +153,7 @@ class AGM:
             A scalar of the logits' dtype; 0, without a call of the student, in the interpolation's
             turn.
         """
-        self.num_classes = teacher_logits.shape[-1]
+        self.num_classes = teacher_logits.shape[1]
         evaluation, other_turn = divmod(self.calls, 2) if self.alternate else (self.calls, 0)
         self.calls += 1
         if not self.loss or other_turn:
