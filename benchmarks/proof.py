@@ -26,7 +26,6 @@ RESULTS = Path(__file__).parent / "results" / "proof"
 FIRST_SEED = 100  # the search used the seeds below
 ALL_ARMS = "--with-agm loss interpolation both"
 RESNET = "--model resnet20"
-EQUAL_TIME = "resnet20-w3a3-gdfq-equal-time"
 # Grid: the arguments of compare.py, and how many seeds.
 GRIDS = {
     f"resnet20-w{bits}a{bits}-{method}": (
@@ -41,14 +40,21 @@ GRIDS = {
         f"{RESNET} --bits 3 --baseline gdfq --with-agm loss interpolation", 5,
     ),
     # The add-on makes a step 12 % dearer; as much time buys the baseline 12 % more steps.
-    EQUAL_TIME: (f"{RESNET} --bits 3 --baseline gdfq --steps 4032", 5),
+    "resnet20-w3a3-gdfq-equal-time": (f"{RESNET} --bits 3 --baseline gdfq --steps 4032", 5),
+} | {
+    # The published recipe, its schedule drawn together to a twentieth.
+    f"resnet20-w3a3-{method}-paper": (
+        f"{RESNET} --recipe paper --steps 4000 --bits 3 --baseline {method} --with-agm", 3,
+    )
+    for method in ("adadfq", "qimera")
 }  # fmt: skip
 
 
-def shared(arguments: str) -> str:
-    """What grids have in common whose runs may lie in one folder: the network, and the length."""
+def setting(arguments: str) -> str:
+    """What grids have in common whose runs may lie in one folder: network, recipe and length."""
     args = compare.parse(shlex.split(arguments))
-    return args.model if args.steps is None else f"{args.model}-{args.steps}"
+    parts = [args.model, "" if args.recipe == "quick" else args.recipe, str(args.steps or "")]
+    return "-".join(part for part in parts if part)
 
 
 def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
@@ -65,13 +71,13 @@ def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
         report.write_json(path, known)
 
 
-def missing(argv: list[str], kind: str) -> bool:
-    """Whether some cell of this run is in no file of a grid that shares its folders."""
+def missing(argv: list[str], its_setting: str) -> bool:
+    """Whether some cell of this run is in no file of its setting."""
     files = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
     known = {
         cell["name"]
         for file in files
-        if shared(file["arguments"]) == kind
+        if setting(file["arguments"]) == its_setting
         for cell in file["cells"]
     }
     return not {cell["name"] for cell in compare.grid(compare.parse(argv))} <= known
@@ -95,13 +101,12 @@ def main(argv: list[str]) -> int:
     ]
     for grid, seed in runs:
         arguments = GRIDS[grid][0]
-        kind = shared(arguments)
-        out = args.out / f"{kind}-seed{seed}"  # grids share a baseline's runs
+        out = args.out / f"{setting(arguments)}-seed{seed}"  # grids share a baseline's runs
         run = [*shlex.split(arguments), "--seeds", "1"]
         run += ["--first-seed", str(seed), "--out", str(out)]
         if arguments.startswith(RESNET):
             run += ["--weights", str(args.weights), "--data", str(args.data)]
-        if not missing(run, kind):
+        if not missing(run, setting(arguments)):
             continue
         try:
             with locked(out):

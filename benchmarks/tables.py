@@ -10,43 +10,50 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import report
-from benchmarks.proof import EQUAL_TIME
+from benchmarks.proof import setting
 from benchmarks.report import Cell
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 NAMES = {"gdfq": "GDFQ", "qimera": "Qimera", "adadfq": "AdaDFQ"}
-TASKS = {"resnet20": "ResNet-20", "digits": "digits"}
+EQUAL_TIME = "resnet20-4032"
+SETTINGS = {
+    "resnet20": "ResNet-20 {}",
+    EQUAL_TIME: "ResNet-20 {}, equal time",
+    "resnet20-paper-4000": "ResNet-20 {}, published recipe",
+    "digits-600": "digits {}",
+}
 Row = tuple[str, dict[str, list[Cell]]]
 
 
 def proof_rows(folder: Path) -> list[Row]:
-    """("ResNet-20 W3A3 GDFQ", cells by arm) of every grid, networks and bit widths in order.
+    """("ResNet-20 W3A3 GDFQ", cells by arm) of every setting, bit width and method, in order.
 
-    "Equal time" sets a baseline of more steps against the same arms.
+    "Equal time" sets a baseline of more steps against the add-on's runs of the usual length.
     """
-    files = {path.stem: json.loads(path.read_text())["cells"] for path in folder.glob("*.json")}
-    longer = files.pop(EQUAL_TIME, [])
-    cells = [c for name in sorted(files) for c in files[name]]
-    rows: list[Row] = []
-    for task, title in TASKS.items():
-        own = [c for c in cells if c["settings"]["model"] == task]
-        order = {name: i for i, name in enumerate(NAMES)}
-        for key, arms in sorted(
-            report.groups(own).items(), key=lambda item: (item[0][1:], order[item[0][0]])
-        ):
+    cells: dict[str, list[Cell]] = {name: [] for name in SETTINGS}
+    for path in sorted(folder.glob("*.json")):
+        file = json.loads(path.read_text())
+        cells[setting(file["arguments"])] += file["cells"]
+    usual = report.groups(cells["resnet20"])
+    rows = []
+    for name, title in SETTINGS.items():
+        for key, arms in sorted(report.groups(cells[name]).items(), key=_order):
             method, weight_bits, act_bits = key
-            rows.append((f"{title} W{weight_bits}A{act_bits} {NAMES[method]}", arms))
-            own_longer = report.groups(longer).get(key) if task == "resnet20" else None
-            if own_longer:
-                rows.append(
-                    (f"{rows[-1][0]}, equal time", own_longer | {"both": arms.get("both", [])})
-                )
+            if name == EQUAL_TIME:
+                arms |= {"both": usual.get(key, {}).get("both", [])}
+            rows.append((title.format(f"W{weight_bits}A{act_bits} {NAMES[method]}"), arms))
     return rows
+
+
+def _order(item: tuple[tuple[str, int, int], Any]) -> tuple[int, int, int]:
+    method, *bits = item[0]
+    return (*bits, list(NAMES).index(method))
 
 
 def proof_table(rows: list[Row]) -> str:

@@ -8,17 +8,20 @@ import pytest
 from scipy import stats
 
 from benchmarks import tables
-from benchmarks.proof import EQUAL_TIME
 
 
-def cell(arm, seed, accuracy, *, method="gdfq", bits=3, model="resnet20"):
+def grid(path, arguments, cells):
+    path.write_text(json.dumps({"arguments": arguments, "cells": cells}))
+
+
+def cell(arm, seed, accuracy, *, method="gdfq", bits=3):
     steps = range(100, 500, 100)
     history = [{"step": s, "accuracy": accuracy - 1, "batch_similarity": 0.5} for s in steps]
     return {
-        "name": f"{model}{method}{bits}{arm}{seed}", "method": method, "hooks": arm,
+        "name": f"{method}{bits}{arm}{seed}", "method": method, "hooks": arm,
         "weight_bits": bits, "act_bits": bits, "seed": seed,
         "accuracy_last": accuracy - 2, "accuracy_proof": accuracy,
-        "error": None, "settings": {"model": model}, "history": history,
+        "error": None, "history": history,
     }  # fmt: skip
 
 
@@ -28,9 +31,8 @@ def folder(tmp_path):
     base, both = [80.0, 82.0, 81.0], [81.0, 82.5, 83.0]
     cells = [cell("none", i, v) for i, v in enumerate(base)]
     cells += [cell("both", i, v) for i, v in enumerate(both)] + [cell("loss", 1, 82.0)]
-    (tmp_path / "b.json").write_text(json.dumps({"cells": cells}))
-    digits = [cell("none", 0, 97.0, method="adadfq", bits=2, model="digits")]
-    (tmp_path / "a.json").write_text(json.dumps({"cells": digits}))
+    grid(tmp_path / "b.json", "--model resnet20 --with-agm", cells)
+    grid(tmp_path / "a.json", "--bits 2", [cell("none", 0, 97.0, method="adadfq", bits=2)])
     return tmp_path
 
 
@@ -46,7 +48,7 @@ def test_proof_table(folder):
 
 def test_equal_time_is_a_longer_baseline_against_the_same_arm(folder):
     longer = [cell("none", i, v) for i, v in enumerate([80.5, 83.0, 81.5])]
-    (folder / f"{EQUAL_TIME}.json").write_text(json.dumps({"cells": longer}))
+    grid(folder / "c.json", "--model resnet20 --steps 4032", longer)
     rows = tables.proof_table(tables.proof_rows(folder)).splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == [
         "| ResNet-20 W3A3 GDFQ", "| ResNet-20 W3A3 GDFQ, equal time", "| digits W2A2 AdaDFQ",
