@@ -127,6 +127,17 @@ def test_gradient_is_a_half_at_the_mean(mean, std, dtype):
     assert by_std.item() == pytest.approx(1 / math.sqrt(2 * math.pi), rel=4 * eps(dtype))
 
 
+@given(margins(), st.sets(st.integers(0, 2), min_size=1))
+def test_gradient_of_some_arguments_is_as_among_all(triple, chosen):
+    want = derivatives(*triple)
+    leaves = [
+        v.expand_as(triple[0]).clone().requires_grad_(i in chosen) for i, v in enumerate(triple)
+    ]
+    expected_margin(*leaves).sum().backward()
+    for i, leaf in enumerate(leaves):
+        assert same_bits(leaf.grad, want[i]) if i in chosen else leaf.grad is None
+
+
 @given(margins())
 def test_between_the_hinge_and_the_hinge_plus_04_std(triple):
     d, mean, std = triple
