@@ -12,6 +12,7 @@ from baselines.quantizers import (
     ActivationQuantizer,
     WeightQuantizer,
     fake_quantize,
+    integer_range,
     observing,
     scale_and_zero_point,
 )
@@ -140,6 +141,14 @@ def test_not_a_number_stays_one(ste):
 
 
 # Ranges
+
+
+@given(bit_widths, st.booleans())
+def test_integers_of_a_bit_width(bits, signed):
+    assert integer_range(bits, "asymmetric", signed=signed) == (0, 2**bits - 1)
+    low, high = integer_range(bits, "symmetric", signed=signed)
+    assert low == (-high if signed else 0)
+    assert high - low + 1 == 2**bits - signed
 
 
 @given(channels(), bit_widths, schemes, st.booleans())
