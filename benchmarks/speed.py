@@ -31,7 +31,7 @@ from agm import AGM, AgmError, frozen_parameters
 from baselines import METHODS, RECIPES, bn_stats, generators
 from baselines.bn_stats import BatchNormStatistics
 from baselines.quantizers import observing
-from baselines.student import QuantizationConfig
+from baselines.student import NormalisedConv, QuantizationConfig
 from baselines.trainer import Remembered, Trainer
 from benchmarks import report, teachers
 
@@ -72,6 +72,11 @@ def plain_bns(statistics: BatchNormStatistics) -> Tensor:
     return 2 * torch.stack(errors).mean()
 
 
+def plain_normalised_conv(joined: NormalisedConv, input: Tensor) -> Tensor:
+    """What its ``forward`` equals, as the formula reads."""
+    return joined.norm(joined.conv(input))
+
+
 def plain_forward(shared: Remembered, images: Tensor) -> Tensor:
     """Every call a forward."""
     return shared.network(images)
@@ -81,6 +86,7 @@ PLAIN = (
     (bn_stats, "channel_moments", plain_moments),
     (BatchNormStatistics, "loss", plain_bns),
     (generators, "upsampled_convolution", plain_upsampled_convolution),
+    (NormalisedConv, "forward", plain_normalised_conv),
     (Remembered, "__call__", plain_forward),
 )
 

@@ -13,7 +13,7 @@ from agm import AgmError
 from baselines import gdfq
 from baselines.errors import UnsupportedLayerError
 from baselines.quantizers import ActivationQuantizer, WeightQuantizer, observing
-from baselines.student import QuantizationConfig, build_student
+from baselines.student import NormalisedConv, QuantizationConfig, build_student
 from baselines.trainer import Trainer
 from tests.baselines import Tiny, bits, fill, images, weights
 
@@ -71,9 +71,13 @@ def error(got, want):
 def inputs_and_weights(student, x):
     """Of every call of a Conv or Linear: (module, input, weight)."""
     seen, handles = [], []
+
+    def see(m, args):
+        m = m.conv if isinstance(m, NormalisedConv) else m
+        seen.append((m, args[0], m.weight))
+
     for m in student.modules():
-        if isinstance(m, WEIGHTED):
-            see = lambda m, args: seen.append((m, args[0], m.weight))  # noqa: E731
+        if isinstance(m, WEIGHTED | NormalisedConv):
             handles.append(m.register_forward_pre_hook(see))
     with torch.no_grad():
         student(x)
@@ -345,20 +349,39 @@ class Shared(nn.Module):
         return self.norm(self.fc((y + self.c(y)).relu().mean((2, 3))))
 
 
-def test_folding_only_where_it_is_exact():
+@pytest.mark.parametrize("fold", [False, True])
+def test_convolutions_take_their_batch_norm_only_where_it_is_exact(fold):
     net, x = Shared().double(), images().double()
-    student = without_rounding(build(net, fold_batch_norm=True))
+    student = without_rounding(build(net, fold_batch_norm=fold))
     assert torch.allclose(student(x), net(x), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_folding_with_and_without_bias_and_affine(affine, bias):
+@pytest.mark.parametrize("fold", [False, True])
+def test_batch_norms_with_and_without_bias_and_affine(affine, bias, fold):
     net = nn.Sequential(nn.Conv2d(3, 5, 3, bias=bias), nn.BatchNorm2d(5, affine=affine), nn.ReLU())
     net = fill(net + nn.Sequential(nn.Flatten(), nn.Linear(180, 2)), 0).double()
-    student = without_rounding(build(net, fold_batch_norm=True))
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in student.modules())
+    student = without_rounding(build(net, fold_batch_norm=fold))
+    assert not any(n.target == "1" for n in student.graph.nodes)  # no BatchNorm call is left
     assert torch.allclose(student(images().double()), net(images().double()), rtol=1e-10)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_a_normalised_convolution_has_the_values_and_gradients_of_the_two(dim, bias, affine):
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dim - 1](4, 6, 3, groups=2, padding=1, bias=bias)
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dim - 1](6, affine=affine)
+    pair = fill(nn.Sequential(conv, norm), 3).double().eval()
+    x = torch.randn(2, 4, *(5,) * dim, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn(2, 6, *(5,) * dim, dtype=torch.float64)
+    inputs = [x, *pair.parameters()]
+    joined = NormalisedConv(conv, norm)(x)
+    assert torch.allclose(joined, pair(x), rtol=1e-10, atol=1e-12)
+    got, want = (torch.autograd.grad(y, inputs, cotangent) for y in (joined, pair(x)))
+    for g, w in zip(got, want, strict=True):
+        assert torch.allclose(g, w, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("fold", [False, True])
