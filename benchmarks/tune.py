@@ -61,10 +61,11 @@ def main(argv: list[str]) -> int:
             raise UsageError("--data is missing, the images to judge on")
         tuning = halves(task.labels)["tuning"]
         (weight_bits, act_bits), (method,) = args.widths[0], args.methods
-        losses, recipe = METHODS[method].quick(task.image_size)
-        if args.steps:
-            recipe = replace(recipe, steps=args.steps)
-        losses, recipe = replace(losses, **changes["method"]), replace(recipe, **changes["recipe"])
+        losses, recipe = getattr(METHODS[method], args.recipe)(task.image_size)
+        lengths = {"steps": args.steps, "batch_size": args.batch_size}
+        given = {name: value for name, value in lengths.items() if value is not None}
+        recipe = replace(recipe, **given | changes["recipe"])
+        losses = replace(losses, **changes["method"])
         config = QuantizationConfig(
             weight_bits, act_bits, ste=recipe.ste, range_estimator=recipe.range_estimator,
             fold_batch_norm=recipe.fold_batch_norm,

@@ -39,10 +39,15 @@ def test_records_of_two_seeds():
 
 
 @pytest.mark.parametrize(
-    "change", [("recipe.student_lr=0.1",), ("--agm", "--set", "agm.ratio=5", "agm.interval=1")]
+    "argv",
+    [
+        ("--set", "recipe.student_lr=0.1"),
+        ("--agm", "--set", "agm.ratio=5", "agm.interval=1"),
+        ("--recipe", "paper"),
+        ("--batch-size", "4"),
+    ],
 )
-def test_what_is_set_counts(change):
-    argv = change if change[0] == "--agm" else ("--set", *change)
+def test_what_is_set_counts(argv):
     assert [r["curve"] for r in rows(*argv)] != [r["curve"] for r in rows()]
 
 
