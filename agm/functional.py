@@ -28,13 +28,14 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 def check_logits(teacher_logits: Tensor, student_logits: Tensor) -> None:
     """Raise :class:`AgmValueError` unless both are floating, of one shape (N, C), N, C >= 1."""
-    shapes = f"teacher {tuple(teacher_logits.shape)}, student {tuple(student_logits.shape)}"
-    if teacher_logits.shape != student_logits.shape:
+    shape, other = tuple(teacher_logits.shape), tuple(student_logits.shape)
+    if shape != other:
         raise AgmValueError(
-            f"logits differ in shape: {shapes}; give both networks the same images and classes"
+            f"logits differ in shape: teacher {shape}, student {other}; "
+            "give both networks the same images and classes"
         )
-    if teacher_logits.ndim != 2 or 0 in teacher_logits.shape:
-        raise AgmValueError(f"logits must be (N, C) with N, C >= 1, got {shapes}")
+    if len(shape) != 2 or 0 in shape:
+        raise AgmValueError(f"logits must be (N, C) with N, C >= 1, got {shape}")
     if not (teacher_logits.is_floating_point() and student_logits.is_floating_point()):
         raise AgmValueError(
             f"logits must be floating point, got {teacher_logits.dtype} and {student_logits.dtype}"
@@ -130,10 +131,6 @@ def _standardised(excess: Tensor, std: Tensor) -> Tensor:
     return (excess / std).nan_to_num(0.0, posinf=40.0, neginf=-40.0)
 
 
-def _density(z: Tensor) -> Tensor:
-    return torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
-
-
 class _GaussianHinge(torch.autograd.Function):
     """E[max(0, excess + std * N(0, 1))], element by element, for tensors of one shape and dtype."""
 
@@ -141,11 +138,11 @@ class _GaussianHinge(torch.autograd.Function):
 
     @staticmethod
     def forward(excess: Tensor, std: Tensor) -> Tensor:
-        # std * (phi(z) + z Phi(z)) = max(excess, 0) + std * tail(|z|), where the tail has no
-        # cancellation left: Phi(-a) = phi(a) * sqrt(pi / 2) * erfcx(a / sqrt(2)).
-        a = _standardised(excess, std).abs()
-        mills = math.sqrt(math.pi / 2) * torch.special.erfcx(a / math.sqrt(2))
-        return excess.clamp(min=0) + std * (_density(a) * (1 - a * mills))
+        # std * (phi(z) + z Phi(z)) = max(excess, 0) + std * (phi(z) - |z| Phi(-|z|)), where with
+        # u = |z| / sqrt(2) no cancellation is left: 2 Phi(-|z|) = exp(-u^2) erfcx(u).
+        u = _standardised(excess, std).abs() / math.sqrt(2)
+        tail = 1 / math.sqrt(2 * math.pi) - u * torch.special.erfcx(u) / math.sqrt(2)
+        return excess.clamp(min=0) + std * (torch.exp(-u * u) * tail)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -154,8 +151,10 @@ class _GaussianHinge(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         z = _standardised(*ctx.saved_tensors)
-        grad_std = grad * _density(z) if ctx.needs_input_grad[1] else None
-        return grad * (torch.special.erfc(-z / math.sqrt(2)) / 2), grad_std
+        grad_excess = grad * (torch.special.erfc(z / -math.sqrt(2)) / 2)  # Phi(z)
+        if not ctx.needs_input_grad[1]:
+            return grad_excess, None
+        return grad_excess, grad * (torch.exp(-z * z / 2) / math.sqrt(2 * math.pi))  # phi(z)
 
 
 def _widen(

@@ -162,8 +162,9 @@ class AGM:
             student_logits = student(images)
         d = measure(self.discrepancy, teacher_logits, student_logits)
         with torch.no_grad():
-            self._follow("mean", d.mean())
-            self._follow("variance", d.var(correction=0))
+            variance, mean = torch.var_mean(d, correction=0)
+            self._follow("mean", mean)
+            self._follow("variance", variance)
         std = self.running["variance"].sqrt()
         term = expected_margin(d, self.running["mean"], std).mean()
         if other_terms is not None and evaluation % self.interval == 0:
