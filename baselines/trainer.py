@@ -108,6 +108,12 @@ class Trainer:
         )
         self.rng = torch.Generator(self.device).manual_seed(seed)
         self.step_count = 0
+        # While it is 1 the fused optimizers skip their updates, on the device.
+        self.found_inf = torch.zeros((), device=self.device)
+        self.generator_optimizer.found_inf = self.student_optimizer.found_inf = self.found_inf
+        # To ask is to wait for the device, which costs nothing on the CPU alone.
+        self.ask_every = 1 if self.device.type == "cpu" else 50
+        self._unasked: list[tuple[int, list[str], Tensor]] = []
 
     @property
     def warming_up(self) -> bool:
@@ -118,7 +124,8 @@ class Trainer:
         """One turn of the loop; returns its loss terms, detached, keys ``G/...`` and ``Q/...``.
 
         Raises:
-            NonFiniteLossError: naming the term; all weights are those before the step.
+            NonFiniteLossError: naming the term and its step; all weights are those before that
+                step. On other devices than the CPU it may come some steps late.
         """
         factor = self.recipe.factor(self.step_count)
         self.generator_optimizer.param_groups[0]["lr"] = self.recipe.generator_lr * factor
@@ -144,7 +151,7 @@ class Trainer:
                 )
         named = {f"G/{name}": term for name, term in generator_terms.items()}
         named |= {f"Q/{name}": term for name, term in student_terms.items()}
-        self._refuse_non_finite(named)
+        self._watch(named)
         self.generator_optimizer.step()
         if student_terms:
             self.student_optimizer.zero_grad(set_to_none=True)
@@ -198,15 +205,27 @@ class Trainer:
             student_logits=student(batch), teacher_logits=teacher_logits, labels=labels
         )
 
-    def _refuse_non_finite(self, terms: dict[str, Tensor]) -> None:
+    def _watch(self, terms: dict[str, Tensor]) -> None:
+        """Stop all updates from the first loss on that is not finite; tell of it when asked."""
         values = torch.stack([term.detach().float() for term in terms.values()])
-        if not values.isfinite().all():
-            shown = dict(zip(terms, values.tolist(), strict=True))
-            raise NonFiniteLossError(
-                f"step {self.step_count}, seed {self.seed}: a loss is not finite: {shown}; the "
-                "weights are those before this step. Lower the learning rate, or check that the "
-                "teacher gives finite logits"
-            )
+        self.found_inf.copy_(self.found_inf.maximum(values.isfinite().logical_not().any()))
+        self._unasked.append((self.step_count, list(terms), values))
+        last = self.step_count + 1 == self.recipe.steps
+        if last or len(self._unasked) >= self.ask_every:
+            self.refuse_non_finite()
+
+    def refuse_non_finite(self) -> None:
+        """Raise :class:`NonFiniteLossError` if a loss since the last call was not finite."""
+        unasked, self._unasked = self._unasked, []
+        if not self.found_inf.item():
+            return
+        self.found_inf.zero_()
+        self.step_count, names, values = next(u for u in unasked if not u[2].isfinite().all())
+        raise NonFiniteLossError(
+            f"step {self.step_count}, seed {self.seed}: a loss is not finite: "
+            f"{dict(zip(names, values.tolist(), strict=True))}; the weights are those before this "
+            "step. Lower the learning rate, or check that the teacher gives finite logits"
+        )
 
     def _run(self, network: nn.Module, *inputs: Tensor) -> Tensor:
         with torch.autocast(
@@ -227,6 +246,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a run needs to go on bit by bit."""
+        self.refuse_non_finite()
         return {
             "step": self.step_count,
             "generator": self.generator.state_dict(),

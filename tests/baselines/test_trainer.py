@@ -352,6 +352,34 @@ def assert_stops(trainer, *parts):
 
 
 @each_method
+@pytest.mark.parametrize("asked", ["in time", "by the last step", "by saving"])
+def test_a_broken_loss_that_is_asked_for_later(method, asked):
+    # As on a device that runs ahead of Python.
+    trainer = make(method, seed=5)
+    trainer.ask_every = 3 if asked == "in time" else 1000
+
+    def learnt():
+        optimizers = trainer.generator_optimizer, trainer.student_optimizer
+        return [
+            weights(trainer.generator, trainer.student),
+            *(copy.deepcopy(optimizer.state_dict()["state"]) for optimizer in optimizers),
+        ]
+
+    train(trainer, STEPS - 3)
+    trainer.refuse_non_finite()
+    before = learnt()
+    trainer.teacher.fc.bias[0] = torch.nan
+    train(trainer, 2)
+    with pytest.raises(NonFiniteLossError, match=f"step {STEPS - 3}, seed 5.*nan"):
+        trainer.state_dict() if asked == "by saving" else trainer.step()
+    assert trainer.step_count == STEPS - 3
+    assert same_state(learnt(), before)
+    trainer.teacher.fc.bias[0] = 0.0
+    train(trainer, 1)
+    assert not same_state(learnt(), before)
+
+
+@each_method
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_broken_term_of_a_hook(method, value):
     hook = Hook()
