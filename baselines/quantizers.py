@@ -168,7 +168,7 @@ class ActivationQuantizer(nn.Module):
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Take one batch into the range."""
-        high = RANGE_ESTIMATORS[self.range_estimator](x.detach(), self.bit_width)
+        high = RANGE_ESTIMATORS[self.range_estimator](x, self.bit_width)
         self.average.lerp_(high, 1 - self.decay)
         self.batches += 1
         high = self.average / (1 - self.decay**self.batches)

@@ -176,6 +176,13 @@ def test_a_range_below_the_smallest_normal_number():
             assert WeightQuantizer(2, scheme)(row).abs().max() <= 2 * value
 
 
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric"])
+def test_the_smallest_normal_number_is_a_step(scheme):
+    tiny = torch.tensor(torch.finfo(torch.float32).tiny)
+    scale, _ = scale_and_zero_point(torch.zeros(()), 3 * tiny, 2, scheme, signed=False)
+    assert scale == tiny
+
+
 # Weights
 
 
@@ -313,6 +320,49 @@ def test_mse_range_is_near_the_best(seed, bits, heaviness):
     best = min(error_of_clip(clip) for clip in float(x.max()) * np.linspace(0.002, 1, 500))
     assert error("mse") <= error("max") * (1 + 1e-3)
     assert error("mse") <= 1.25 * best  # a grid of 1%, and 500 values
+
+
+@pytest.mark.parametrize(("estimator", "size"), [("percentile", 2**16), ("mse", 2**14)])
+def test_a_large_batch_is_judged_by_a_sample_of_known_size(estimator, size):
+    x = torch.ones(5 * size)
+    x[::5] = 0  # a number of values that an odd stride finds, so that no channel is favoured
+    q = quantizer(estimator=estimator)
+    observe(q, x)
+    assert q.average == 0
+    observe(q, x[: size // 2])  # and of a small batch every value counts
+    assert q.average > 0
+
+
+@given(seeds)
+def test_mse_range_is_a_hundredth_of_the_largest_value(seed):
+    x = torch.randn(500, generator=rng(seed)).relu()
+    q = quantizer(3, "mse")
+    observe(q, x)
+    share = 100 * top_of(q) / x.max().item()
+    assert share == pytest.approx(round(share), abs=1e-3)
+    assert 1 <= round(share) < 100
+
+
+def test_nothing_is_observed_unasked_and_no_graph_is_kept():
+    q, x = quantizer(), torch.tensor([0.0, 7.0], requires_grad=True)
+    before = {k: v.clone() for k, v in q.state_dict().items()}
+    q(x)
+    assert same_state(dict(q.state_dict()), before)
+    observe(q, x)
+    assert q.scale.item() == pytest.approx(1)
+    assert not any(buffer.requires_grad for buffer in q.buffers())
+
+
+def test_arguments_that_are_easily_confused_go_by_name():
+    one = torch.ones(())
+    for call in (
+        lambda: integer_range(3, "symmetric", True),
+        lambda: scale_and_zero_point(-one, one, 3, "symmetric", True),
+        lambda: fake_quantize(one, one, 0, 0, 7, "identity"),
+        lambda: ActivationQuantizer(3, "identity", "max"),
+    ):
+        with pytest.raises(TypeError, match="positional"):
+            call()
 
 
 @given(activations(max_batches=2), activations(), estimators)
