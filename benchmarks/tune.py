@@ -4,7 +4,9 @@
         --set recipe.steps=1200 method.bns_weight=50 agm.ratio=0.5
 
 The tuning half is the first half of each class in file order; the other half is left for the
-proof. Appends one JSON line a run to --records: the last accuracy, and the curve.
+proof. Appends one JSON line a run to --records: the last accuracy, and the curve. With --ceiling
+the student learns from the tuning half itself, in place of the generator's images, and is judged on
+the other: what better images could bring at most.
 """
 
 import argparse
@@ -14,11 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from agm import AGM, AgmError
+from agm import AGM, AgmError, Hook
 from baselines import METHODS
 from baselines.student import QuantizationConfig
 from baselines.trainer import Trainer
@@ -27,6 +32,29 @@ from benchmarks.errors import UsageError
 from benchmarks.task import halves, load_task
 
 CURVE_STEPS = 150
+
+
+class RealImages:
+    """A hook that gives the student real images, mirrored and shifted by up to an eighth."""
+
+    def __init__(self, images: Tensor, labels: Tensor, *, seed: int) -> None:
+        self.images, self.labels = images, labels
+        self.rng = torch.Generator().manual_seed(seed)
+
+    def generator_loss(self, *, teacher_logits: Tensor, **_: Any) -> Tensor:
+        return teacher_logits.new_zeros(())
+
+    def student_batch(self, *, images: Tensor, labels: Tensor | None = None) -> Any:
+        n, size = len(images), images.shape[-1]
+        chosen = torch.randint(len(self.images), (n,), generator=self.rng)
+        mirrored = torch.rand(n, 1, 1, 1, generator=self.rng) < 0.5
+        batch = self.images[chosen]
+        batch = torch.where(mirrored, batch.flip(3), batch)
+        padded = F.pad(batch, (size // 8,) * 4, mode="reflect")
+        top, left = torch.randint(2 * (size // 8) + 1, (2,), generator=self.rng).tolist()
+        batch = padded[:, :, top : top + size, left : left + size]
+        batch = batch.contiguous(memory_format=torch.channels_last).to(images.device)
+        return batch, self.labels[chosen].to(images.device)
 
 
 def settings(pairs: list[str]) -> dict[str, dict[str, Any]]:
@@ -51,15 +79,17 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("name")
     parser.add_argument("--agm", action="store_true", help="with the add-on")
+    parser.add_argument("--ceiling", action="store_true", help="real images for the student")
     parser.add_argument("--set", nargs="*", default=[], dest="pairs", metavar="OWNER.KEY=VALUE")
     parser.add_argument("--records", type=Path, default=Path("benchmarks/results/tuning.jsonl"))
     own, rest = parser.parse_known_args(argv)
     try:
         args = compare.parse(rest)
         task, changes = load_task(args), settings(own.pairs)
-        if task.labels is None:
+        if task.images is None or task.labels is None:
             raise UsageError("--data is missing, the images to judge on")
-        tuning = halves(task.labels)["tuning"]
+        parts = halves(task.labels)
+        judged = parts["proof" if own.ceiling else "tuning"]
         (weight_bits, act_bits), (method,) = args.widths[0], args.methods
         losses, recipe = getattr(METHODS[method], args.recipe)(task.image_size)
         lengths = {"steps": args.steps, "batch_size": args.batch_size}
@@ -71,13 +101,17 @@ def main(argv: list[str]) -> int:
             fold_batch_norm=recipe.fold_batch_norm,
         )  # fmt: skip
         for seed in range(args.first_seed, args.first_seed + args.seeds):
+            hooks: list[Hook] = [AGM(seed=seed, **changes["agm"])] if own.agm else []
+            if own.ceiling:
+                images, labels = (v[parts["tuning"]] for v in (task.images, task.labels))
+                hooks = [RealImages(images, labels, seed=seed)]
             trainer = Trainer(
                 task.teacher,
                 method=losses,
                 recipe=recipe,
                 config=config,
                 image_shape=(len(task.mean), task.image_size, task.image_size),
-                hooks=[AGM(seed=seed, **changes["agm"])] if own.agm else [],
+                hooks=hooks,
                 seed=seed,
                 device=args.device,
                 precision=args.precision,
@@ -87,11 +121,11 @@ def main(argv: list[str]) -> int:
                 trainer.step()
                 since, left = step + 1 - recipe.warmup_steps, recipe.steps - step - 1
                 if since >= 0 and (left == 0 or since % CURVE_STEPS == 0):
-                    curve.append([step + 1, task.accuracy(trainer.student, tuning)])
+                    curve.append([step + 1, task.accuracy(trainer.student, judged)])
                     trainer.student.eval()
             row = {
-                "name": own.name, "seed": seed, "accuracy_tune": curve[-1][1], "curve": curve,
-                "command": argv,
+                "name": own.name, "seed": seed, "curve": curve, "command": argv,
+                "accuracy_proof" if own.ceiling else "accuracy_tune": curve[-1][1],
             }  # fmt: skip
             own.records.parent.mkdir(parents=True, exist_ok=True)
             with own.records.open("a") as file:
