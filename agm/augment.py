@@ -63,14 +63,14 @@ class LinearInterpolation:
             raise AgmValueError(f"need a batch (N, ...) with N >= 1, got {tuple(images.shape)}")
         n = images.shape[0]
         targets = None if labels is None else _soft_labels(labels, n, num_classes)
-        permutation = torch.randperm(n, generator=self._rng)
+        # Our own draws, which nothing else writes to, need not wait for the device.
+        permutation = torch.randperm(n, generator=self._rng).to(images.device, non_blocking=True)
         if weight is None:
             weight = torch.rand(n, dtype=torch.float64, generator=self._rng)
+            weight = weight.to(images, non_blocking=True)
         elif not isinstance(weight, Tensor) or not weight.ndim:
             weight = torch.full((n,), float(weight), dtype=torch.float64)
-        # Without waiting for the device: nothing writes to the two on the host afterwards.
-        permutation = permutation.to(images.device, non_blocking=True)
-        weight = weight.to(images, non_blocking=True)
+        weight = weight.to(images)
         mixed = interpolate(images, permutation, weight)
         if targets is None:
             return mixed

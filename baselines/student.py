@@ -219,7 +219,7 @@ class NormalisedConv(nn.Module):
     """A convolution and the eval-mode BatchNorm behind it, as one convolution.
 
     norm(conv(x)) = conv(x; a W) + a (b - mean) + shift, with a = gain / sqrt(var + eps) a channel:
-    the small weight is scaled in place of the large activation, twice as fast on small batches.
+    the small weight is scaled in place of the large activation.
     """
 
     def __init__(self, conv: nn.Module, norm: nn.Module) -> None:
