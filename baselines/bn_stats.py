@@ -2,27 +2,78 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from baselines.batch_norms import FoldedConv
 from baselines.errors import UnsupportedLayerError
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A layer to collect at, what its moments are with the training data, and their unit.
+
+    Args:
+        module: a BatchNorm, whose input counts, or a :class:`FoldedConv`, whose output does.
+        trained: means and variances, (2 C,).
+        factor: an error of a moment times this is in the BatchNorm input's unit, over sqrt(C),
+            (2 C,).
+    """
+
+    module: nn.Module
+    trained: Tensor
+    factor: Tensor
+
+
+def normalising_layers(network: nn.Module) -> list[Layer]:
+    """Where the statistics of ``network`` are to be had.
+
+    Raises:
+        UnsupportedLayerError: if it has none.
+    """
+    norms = {module: module for module in network.modules() if isinstance(module, BatchNorm)}
+    for module in network.modules():
+        if isinstance(module, FoldedConv):
+            norms[module.norm] = module  # which runs in its place
+    layers = [_layer(module, norm) for norm, module in norms.items() if norm.track_running_stats]
+    if not layers:
+        raise UnsupportedLayerError(
+            f"{type(network).__name__} has no BatchNorm with running statistics, which this method "
+            "needs: they are all that is known of the training data"
+        )
+    return layers
+
+
+@torch.no_grad()
+def _layer(module: nn.Module, norm: nn.Module) -> Layer:
+    mean, variance, unit = norm.running_mean, norm.running_var, torch.ones_like(norm.running_mean)
+    if module is not norm:  # y = gain (x - mean) / std + shift
+        std = (variance + norm.eps).sqrt()
+        unit = std / norm.weight if norm.affine else std
+        mean, variance = norm.bias if norm.affine else torch.zeros_like(mean), variance / unit**2
+    factor = torch.cat([unit, unit**2]) / len(unit) ** 0.5
+    return Layer(module, torch.cat([mean, variance]), factor)
+
+
 class BatchNormStatistics:
-    """Collects the moments of every BatchNorm's input; :meth:`loss` compares them with its own."""
+    """Collects a batch's moments; :meth:`loss` compares them with the trained ones."""
 
     def __init__(self) -> None:
-        self.batch: list[Tensor] = []
-        self.trained: list[Tensor] = []
+        self.batch: list[Tensor] = []  # mean, variance, mean, variance, ...
+        self.layers: list[Layer] = []
 
-    def collect(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """The batch's means and biased variances, and those that the layer was trained with."""
-        self.batch += channel_moments(inputs[0])
-        self.trained += [norm.running_mean, norm.running_var]
+    def collect(
+        self, layer: Layer, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> None:
+        """The batch's means and biased variances at one layer."""
+        self.batch += channel_moments(output if isinstance(module, FoldedConv) else inputs[0])
+        self.layers.append(layer)
 
     def loss(self) -> Tensor:
         """MSE of the means + MSE of the variances, averaged over the layers; float32, scalar."""
@@ -32,9 +83,9 @@ class BatchNormStatistics:
                 "to draw images from; give the network without its unused parts"
             )
         # All layers at once: on small batches, many small operations are what a step waits for.
-        share = [torch.full_like(v, 1 / len(v)) for v in self.trained]
-        errors = torch.cat(self.batch) - torch.cat(self.trained)
-        return (errors.square() * torch.cat(share)).sum() / (len(self.trained) / 2)
+        errors = torch.cat(self.batch) - torch.cat([layer.trained for layer in self.layers])
+        errors = errors * torch.cat([layer.factor for layer in self.layers])
+        return errors.square().sum() / len(self.layers)
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +104,7 @@ class _ChannelMoments(torch.autograd.Function):
         # The affine parameters are there for their dtype, which is that of the statistics.
         wide = torch.promote_types(x.dtype, torch.float32)
         one, zero = x.new_ones(x.shape[1], dtype=wide), x.new_zeros(x.shape[1], dtype=wide)
-        eps = 1e-12  # with 0, a constant channel is a case of its own
+        eps = 1e-30  # with 0, a constant channel is a case of its own
         _, mean, inverse_std = torch.native_batch_norm(x, one, zero, None, None, True, 0.0, eps)
         ctx.save_for_backward(x, mean)
         return mean, (inverse_std.pow(-2) - eps).clamp(min=0)
@@ -70,16 +121,12 @@ class _ChannelMoments(torch.autograd.Function):
 
 
 @contextmanager
-def batch_norm_statistics(teacher: nn.Module) -> Iterator[BatchNormStatistics]:
-    """Collect from every forward of ``teacher`` inside; all hooks are removed on leaving."""
-    norms = [m for m in teacher.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
-    if not norms:
-        raise UnsupportedLayerError(
-            f"{type(teacher).__name__} has no BatchNorm with running statistics, which this method "
-            "needs: they are all that is known of the training data"
-        )
+def batch_norm_statistics(layers: list[Layer]) -> Iterator[BatchNormStatistics]:
+    """Collect from every forward inside; all hooks are removed on leaving."""
     statistics = BatchNormStatistics()
-    handles = [norm.register_forward_pre_hook(statistics.collect) for norm in norms]
+    handles = [
+        layer.module.register_forward_hook(partial(statistics.collect, layer)) for layer in layers
+    ]
     try:
         yield statistics
     finally:

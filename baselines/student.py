@@ -1,8 +1,6 @@
 """From a trained network to its quantized copy: torch.fx finds the tensors, a policy lists them."""
 
-import copy
 import operator
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from baselines.batch_norms import (
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    NormalisedConv,
+    bypass,
+    called,
+    cleaned,
+    fold,
+    normalised_convolutions,
+    traced,
+)
 from baselines.errors import UnsupportedLayerError
 from baselines.quantizers import (
     RANGE_ESTIMATORS,
@@ -23,9 +31,7 @@ from baselines.quantizers import (
     check_choice,
 )
 
-WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+WEIGHTED = (*CONVOLUTIONS, nn.Linear)
 RELUS = (nn.ReLU, nn.ReLU6)
 RELU_FUNCTIONS = (F.relu, F.relu6, F.relu_, torch.relu, torch.relu_)
 RELU_METHODS = ("relu", "relu_")
@@ -109,14 +115,7 @@ def build_student(
     Raises:
         UnsupportedLayerError: naming what cannot be traced or quantized. ``teacher`` is untouched.
     """
-    model = copy.deepcopy(teacher).eval()
-    try:
-        student = fx.symbolic_trace(model)
-    except Exception as error:
-        raise UnsupportedLayerError(
-            f"{type(teacher).__name__} cannot be traced by torch.fx ({error}); its forward must "
-            "not branch on tensor values: rewrite that part or wrap it in a leaf module"
-        ) from error
+    student = traced(teacher)
     _refuse_unsupported(student)
     if config.fold_batch_norm:
         _fold_batch_norms(student)
@@ -125,20 +124,13 @@ def build_student(
     _quantize_activations(student, config, policy)
     _list_floating_point(student, policy)
     _join_batch_norms(student)
-    student.delete_all_unused_submodules()
-    student.graph.lint()
-    student.recompile()
-    return student.eval(), policy
-
-
-def _module(student: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    return student.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return cleaned(student), policy
 
 
 def _refuse_unsupported(student: fx.GraphModule) -> None:
     weighted = 0
     for node in student.graph.nodes:
-        module, name = _module(student, node), str(node.target)
+        module, name = called(student, node), str(node.target)
         kind = (
             type(module).__name__ if module is not None else getattr(node.target, "__name__", name)
         )
@@ -175,74 +167,25 @@ def _attribute(student: fx.GraphModule, target: str) -> Any:
     return value
 
 
-def _normalised_convolutions(student: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
-    """Every (conv, BatchNorm) of which the BatchNorm alone reads what the conv gives."""
-    calls = Counter(str(node.target) for node in student.graph.nodes)
-    pairs = []
-    for node in student.graph.nodes:
-        norm = _module(student, node)
-        source = node.all_input_nodes[0] if node.all_input_nodes else None
-        conv = _module(student, source) if source is not None else None
-        if not (isinstance(norm, BATCH_NORMS) and isinstance(conv, CONVOLUTIONS)):
-            continue
-        if len(source.users) > 1 or calls[str(source.target)] > 1 or norm.running_mean is None:
-            continue
-        pairs.append((source, node))
-    return pairs
-
-
 def _fold_batch_norms(student: fx.GraphModule) -> None:
     """conv -> BatchNorm becomes one conv with weights of its own; exact in eval mode."""
-    for source, node in _normalised_convolutions(student):
-        conv, norm = _module(student, source), _module(student, node)
-        conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps,
-            norm.weight, norm.bias,
-        )  # fmt: skip
-        _bypass(student, node, source)
+    for source, node in normalised_convolutions(student):
+        fold(called(student, source), called(student, node))
+        bypass(student, node, source)
 
 
 def _join_batch_norms(student: fx.GraphModule) -> None:
     """conv -> BatchNorm becomes one :class:`NormalisedConv`; the parameters stay what they are."""
-    for source, node in _normalised_convolutions(student):
-        joined = NormalisedConv(_module(student, source), _module(student, node))
+    for source, node in normalised_convolutions(student):
+        joined = NormalisedConv(called(student, source), called(student, node))
         student.set_submodule(str(source.target), joined)
-        _bypass(student, node, source)
-
-
-def _bypass(student: fx.GraphModule, node: fx.Node, source: fx.Node) -> None:
-    node.replace_all_uses_with(source)
-    student.graph.erase_node(node)
-
-
-class NormalisedConv(nn.Module):
-    """A convolution and the eval-mode BatchNorm behind it, as one convolution.
-
-    norm(conv(x)) = conv(x; a W) + a (b - mean) + shift, with a = gain / sqrt(var + eps) a channel:
-    the small weight is scaled in place of the large activation.
-    """
-
-    def __init__(self, conv: nn.Module, norm: nn.Module) -> None:
-        super().__init__()
-        self.conv, self.norm = conv, norm
-
-    def forward(self, input: Tensor) -> Tensor:  # named as the convolution's
-        conv, norm = self.conv, self.norm
-        scale = (norm.running_var + norm.eps).rsqrt()
-        offset = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
-        if norm.affine:
-            scale = scale * norm.weight
-        bias = offset * scale
-        if norm.affine:
-            bias = bias + norm.bias
-        weight = conv.weight * scale.view(-1, *(1,) * (conv.weight.ndim - 1))
-        return conv._conv_forward(input, weight, bias)
+        bypass(student, node, source)
 
 
 def _quantize_weights(
     student: fx.GraphModule, config: QuantizationConfig, policy: BitPolicy
 ) -> None:
-    names = [n.target for n in student.graph.nodes if isinstance(_module(student, n), WEIGHTED)]
+    names = [n.target for n in student.graph.nodes if isinstance(called(student, n), WEIGHTED)]
     for name in dict.fromkeys(names):
         edge = config.edge_bits is not None and name in (names[0], names[-1])
         bits = config.edge_bits if edge else config.weight_bits
@@ -255,7 +198,7 @@ def _quantize_weights(
 
 def _is_relu(student: fx.GraphModule, node: fx.Node) -> bool:
     return (
-        isinstance(_module(student, node), RELUS)
+        isinstance(called(student, node), RELUS)
         or (node.op == "call_function" and node.target in RELU_FUNCTIONS)
         or (node.op == "call_method" and node.target in RELU_METHODS)
     )
@@ -266,7 +209,7 @@ def _quantize_activations(
 ) -> None:
     relus = [node for node in student.graph.nodes if _is_relu(student, node)]
     _refuse_hidden_writes(student, relus)
-    last = [n for n in student.graph.nodes if isinstance(_module(student, n), WEIGHTED)][-1]
+    last = [n for n in student.graph.nodes if isinstance(called(student, n), WEIGHTED)][-1]
     before_last = _source(student, last.all_input_nodes[0], through_averages=True)
     for node in relus:
         edge = config.edge_bits is not None and node is before_last
@@ -290,7 +233,7 @@ def _refuse_hidden_writes(student: fx.GraphModule, relus: list[fx.Node]) -> None
     position = {node: i for i, node in enumerate(student.graph.nodes)}
     for node in relus:
         in_place = (
-            getattr(_module(student, node), "inplace", False)
+            getattr(called(student, node), "inplace", False)
             or node.kwargs.get("inplace", False)
             or node.target in (F.relu_, torch.relu_, "relu_")
         )
@@ -306,7 +249,7 @@ def _source(student: fx.GraphModule, value: fx.Node, *, through_averages: bool =
     """The node whose values are those of ``value``, however rearranged."""
     passing = TRANSPARENT + (AVERAGES if through_averages else ())
     while value.all_input_nodes and (
-        isinstance(_module(student, value), passing)
+        isinstance(called(student, value), passing)
         or (value.op == "call_function" and value.target in TRANSPARENT_FUNCTIONS)
         or (value.op == "call_method" and value.target in TRANSPARENT_METHODS)
         or (through_averages and _is_average(student, value))
@@ -317,7 +260,7 @@ def _source(student: fx.GraphModule, value: fx.Node, *, through_averages: bool =
 
 def _is_average(student: fx.GraphModule, node: fx.Node) -> bool:
     return (
-        isinstance(_module(student, node), AVERAGES)
+        isinstance(called(student, node), AVERAGES)
         or (node.op == "call_function" and "avg_pool" in getattr(node.target, "__name__", ""))
         or (node.op in ("call_method", "call_function") and "mean" in str(node.target))
     )
@@ -328,7 +271,7 @@ def _list_floating_point(student: fx.GraphModule, policy: BitPolicy) -> None:
     listed: set[fx.Node] = set()
     for node in student.graph.nodes:
         is_sum = node.op == "call_function" and node.target in SUMS
-        weighted = isinstance(_module(student, node), WEIGHTED)
+        weighted = isinstance(called(student, node), WEIGHTED)
         inputs = node.all_input_nodes if is_sum else node.all_input_nodes[:1] if weighted else ()
         for source in (_source(student, value) for value in inputs):
             if source in listed:
@@ -341,7 +284,7 @@ def _list_floating_point(student: fx.GraphModule, policy: BitPolicy) -> None:
 
 
 def _why_floating_point(student: fx.GraphModule, node: fx.Node) -> str | None:
-    module = _module(student, node)
+    module = called(student, node)
     if isinstance(module, ActivationQuantizer):
         return None
     if node.op == "placeholder":

@@ -29,7 +29,8 @@ from torch.nn.utils import parametrize
 
 from agm import Hook
 from agm.hooks import Network
-from baselines.bn_stats import batch_norm_statistics
+from baselines.batch_norms import with_folded_norms
+from baselines.bn_stats import batch_norm_statistics, normalising_layers
 from baselines.errors import CheckpointError, ConfigError, NonFiniteLossError
 from baselines.quantizers import observing
 from baselines.recipe import Recipe
@@ -93,12 +94,14 @@ class Trainer:
         self.hooks, self.seed = list(hooks), seed
         self.device = torch.device(device)
         self.precision = resolve_precision(precision, self.device)
-        self.teacher = self._place(copy.deepcopy(teacher).eval().requires_grad_(False))
+        teacher = copy.deepcopy(teacher).float()
+        student, self.policy = build_student(teacher, config)
+        self.student = self._place(student.requires_grad_(True))
+        self.teacher = self._place(with_folded_norms(teacher).requires_grad_(False))
+        self.layers = normalising_layers(self.teacher)
         with torch.no_grad():
             probe = torch.zeros(2, *image_shape, device=self.device)
             self.num_classes = check_logits_shape(self.teacher(probe))
-        student, self.policy = build_student(copy.deepcopy(teacher).float(), config)
-        self.student = self._place(student.requires_grad_(True))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             generator = method.make_generator(self.teacher, self.num_classes, image_shape)
@@ -167,7 +170,7 @@ class Trainer:
         self, images: Tensor, labels: Tensor, student: "Remembered"
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The teacher's logits, and the generator's loss."""
-        with batch_norm_statistics(self.teacher) as statistics:
+        with batch_norm_statistics(self.layers) as statistics:
             teacher_logits = self._run(self.teacher, images).float()
         terms = self.method.generator_terms(
             images=images,

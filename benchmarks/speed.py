@@ -29,9 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agm import AGM, AgmError, frozen_parameters
 from baselines import METHODS, RECIPES, bn_stats, generators
+from baselines import trainer as loop
+from baselines.batch_norms import NormalisedConv, traced
 from baselines.bn_stats import BatchNormStatistics
 from baselines.quantizers import observing
-from baselines.student import NormalisedConv, QuantizationConfig
+from baselines.student import QuantizationConfig
 from baselines.trainer import Remembered, Trainer
 from benchmarks import report, teachers
 
@@ -67,9 +69,9 @@ def plain_upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tens
 
 def plain_bns(statistics: BatchNormStatistics) -> Tensor:
     """What its ``loss`` equals, as the formula reads."""
-    pairs = zip(statistics.batch, statistics.trained, strict=True)
-    errors = [F.mse_loss(batch, trained) for batch, trained in pairs]
-    return 2 * torch.stack(errors).mean()
+    trained = [moment for layer in statistics.layers for moment in layer.trained.chunk(2)]
+    pairs = zip(statistics.batch, trained, strict=True)
+    return 2 * torch.stack([F.mse_loss(batch, known) for batch, known in pairs]).mean()
 
 
 def plain_normalised_conv(joined: NormalisedConv, input: Tensor) -> Tensor:
@@ -88,7 +90,17 @@ PLAIN = (
     (generators, "upsampled_convolution", plain_upsampled_convolution),
     (NormalisedConv, "forward", plain_normalised_conv),
     (Remembered, "__call__", plain_forward),
+    (loop, "with_folded_norms", traced),
 )
+
+
+@contextlib.contextmanager
+def plain_formulas() -> Iterator[None]:
+    """Everything as its formula reads."""
+    with contextlib.ExitStack() as stack:
+        for owner, name, formula in PLAIN:
+            stack.enter_context(mock.patch.object(owner, name, formula))
+        yield
 
 
 def make(args: argparse.Namespace, method: str, arm: str, *, plain: bool) -> Trainer:
@@ -105,16 +117,17 @@ def make(args: argparse.Namespace, method: str, arm: str, *, plain: bool) -> Tra
     with torch.random.fork_rng():
         torch.manual_seed(0)
         teacher = teachers.build(args.model, num_classes=args.num_classes, weights=args.weights)
-    trainer = (PlainTrainer if plain else Trainer)(
-        teacher,
-        method=losses,
-        recipe=recipe,
-        config=config,
-        image_shape=(3, args.image_size, args.image_size),
-        hooks=[] if arm == "none" else [AGM(**ARMS[arm])],
-        device=args.device,
-        precision="fp32" if plain else args.precision,
-    )
+    with plain_formulas() if plain else contextlib.nullcontext():
+        trainer = (PlainTrainer if plain else Trainer)(
+            teacher,
+            method=losses,
+            recipe=recipe,
+            config=config,
+            image_shape=(3, args.image_size, args.image_size),
+            hooks=[] if arm == "none" else [AGM(**ARMS[arm])],
+            device=args.device,
+            precision="fp32" if plain else args.precision,
+        )
     with observing(trainer.student), torch.no_grad():
         trainer.student(trainer.sample_images(args.batch_size or recipe.batch_size))
     trainer.step_count = recipe.warmup_steps
@@ -125,9 +138,7 @@ def stepper(trainer: Trainer, *, plain: bool) -> Callable[[], Any]:
     """A round of its steps."""
 
     def steps() -> None:
-        with contextlib.ExitStack() as stack:
-            for owner, name, formula in PLAIN if plain else ():
-                stack.enter_context(mock.patch.object(owner, name, formula))
+        with plain_formulas() if plain else contextlib.nullcontext():
             for _ in range(TURNS):
                 trainer.step()
 
@@ -150,7 +161,7 @@ def parts(trainer: Trainer) -> dict[str, Callable[[], Any]]:
 
     def teacher() -> None:
         x = images.clone().requires_grad_()
-        with bn_stats.batch_norm_statistics(trainer.teacher) as statistics:
+        with bn_stats.batch_norm_statistics(trainer.layers) as statistics:
             out = trainer._run(trainer.teacher, x)
         (out.float().sum() + statistics.loss()).backward()
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from agm import AgmError
-from baselines.bn_stats import batch_norm_statistics
+from baselines.bn_stats import batch_norm_statistics, normalising_layers
 from baselines.errors import UnsupportedLayerError
 from tests.baselines import Tiny, bits, fill, images
 from tests.strategies import rng, seeds
@@ -58,7 +58,7 @@ def oracle(network, x):
 def test_as_numpy(seed, n):
     network = net(seed % 97)
     x = torch.randn(n, 3, 2, 2, generator=rng(seed), dtype=torch.float64)
-    with batch_norm_statistics(network) as statistics:
+    with batch_norm_statistics(normalising_layers(network)) as statistics:
         logits = network(x)
     assert statistics.loss().item() == pytest.approx(oracle(network, x), rel=1e-12)
     assert torch.equal(logits, network(x))
@@ -69,7 +69,7 @@ def test_zero_for_the_statistics_themselves():
     norm = nn.BatchNorm2d(3)
     norm.running_mean = x.mean((0, 2, 3))
     norm.running_var = x.var((0, 2, 3), correction=0)
-    with batch_norm_statistics(norm.eval()) as statistics:
+    with batch_norm_statistics(normalising_layers(norm.eval())) as statistics:
         norm(x)
     assert statistics.loss().item() == pytest.approx(0, abs=1e-12)
 
@@ -78,7 +78,7 @@ def test_gradient():
     network = net()
 
     def loss(x):
-        with batch_norm_statistics(network) as statistics:
+        with batch_norm_statistics(normalising_layers(network)) as statistics:
             network(x)
         return statistics.loss()
 
@@ -89,7 +89,7 @@ def test_gradient():
 def test_bfloat16_statistics_are_summed_in_float32():
     x = (3.3 + images(64, 8)).bfloat16()
     norm = nn.BatchNorm2d(3).eval()
-    with batch_norm_statistics(norm) as statistics:
+    with batch_norm_statistics(normalising_layers(norm)) as statistics:
         norm(x)
     assert statistics.loss().dtype == torch.float32
     wide = x.double().transpose(0, 1).flatten(1)
@@ -102,7 +102,7 @@ def test_nothing_stays(fails):
     teacher = Tiny()
     before = bits(teacher)
     try:
-        with batch_norm_statistics(teacher) as statistics:
+        with batch_norm_statistics(normalising_layers(teacher)) as statistics:
             teacher(images())
             inside = bits(teacher)
             if fails:
@@ -121,7 +121,7 @@ def test_without_statistics(norm):
     teacher = nn.Sequential(norm, nn.Conv2d(3, 2, 1))
     with (
         pytest.raises(UnsupportedLayerError, match="Sequential has no BatchNorm") as caught,
-        batch_norm_statistics(teacher),
+        batch_norm_statistics(normalising_layers(teacher)),
     ):
         pass
     assert isinstance(caught.value, AgmError)
@@ -130,7 +130,7 @@ def test_without_statistics(norm):
 def test_batch_norms_that_never_run():
     teacher = nn.Conv2d(3, 2, 1)
     teacher.auxiliary = nn.BatchNorm2d(2)
-    with batch_norm_statistics(teacher) as statistics:
+    with batch_norm_statistics(normalising_layers(teacher)) as statistics:
         teacher(images())
     with pytest.raises(UnsupportedLayerError, match="BatchNorm"):
         statistics.loss()

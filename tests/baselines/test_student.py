@@ -11,9 +11,10 @@ from torch import nn
 
 from agm import AgmError
 from baselines import gdfq
+from baselines.batch_norms import NormalisedConv
 from baselines.errors import UnsupportedLayerError
 from baselines.quantizers import ActivationQuantizer, WeightQuantizer, observing
-from baselines.student import NormalisedConv, QuantizationConfig, build_student
+from baselines.student import QuantizationConfig, build_student
 from baselines.trainer import Trainer
 from tests.baselines import Tiny, bits, fill, images, weights
 
@@ -365,23 +366,6 @@ def test_batch_norms_with_and_without_bias_and_affine(affine, bias, fold):
     student = without_rounding(build(net, fold_batch_norm=fold))
     assert not any(n.target == "1" for n in student.graph.nodes)  # no BatchNorm call is left
     assert torch.allclose(student(images().double()), net(images().double()), rtol=1e-10)
-
-
-@pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dim", [1, 2, 3])
-def test_a_normalised_convolution_has_the_values_and_gradients_of_the_two(dim, bias, affine):
-    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dim - 1](4, 6, 3, groups=2, padding=1, bias=bias)
-    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dim - 1](6, affine=affine)
-    pair = fill(nn.Sequential(conv, norm), 3).double().eval()
-    x = torch.randn(2, 4, *(5,) * dim, dtype=torch.float64, requires_grad=True)
-    cotangent = torch.randn(2, 6, *(5,) * dim, dtype=torch.float64)
-    inputs = [x, *pair.parameters()]
-    joined = NormalisedConv(conv, norm)(x)
-    assert torch.allclose(joined, pair(x), rtol=1e-10, atol=1e-12)
-    got, want = (torch.autograd.grad(y, inputs, cotangent) for y in (joined, pair(x)))
-    for g, w in zip(got, want, strict=True):
-        assert torch.allclose(g, w, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("fold", [False, True])
