@@ -93,22 +93,20 @@ def _invertible(norm: nn.Module) -> bool:
 
 
 def _read_only(network: fx.GraphModule, value: fx.Node) -> bool:
-    """Whether nothing writes to ``value``; a ReLU or sum that does is made to write elsewhere."""
+    """Whether nothing writes to ``value``; a ReLU that does is made to write elsewhere."""
     users = list(value.users)
     for user in users:
         module = called(network, user)
         relu = isinstance(module, (nn.ReLU, nn.ReLU6)) or user.target in (F.relu, F.relu6)
-        total = user.target in (operator.add, operator.iadd, torch.add)
+        total = user.target in (operator.add, torch.add)  # which torch.fx makes of += too
         if not (relu or total or user.op == "output" or isinstance(module, CONVOLUTIONS)):
             return False
-        writes = getattr(module, "inplace", False) or len(user.args) > 1 or user.kwargs
-        if (user.target is operator.iadd or (relu and writes)) and len(users) > 1:
+        writes = getattr(module, "inplace", False) or user.kwargs.get("inplace", False)
+        if relu and writes and len(users) > 1:
             return False
     for user in users:
-        if user.target is operator.iadd:
-            user.target = operator.add
-        elif user.target in (F.relu, F.relu6):
-            user.args, user.kwargs = (value,), {}
+        if user.target in (F.relu, F.relu6):
+            user.kwargs = {}
         elif hasattr(called(network, user), "inplace"):
             called(network, user).inplace = False
     return True
