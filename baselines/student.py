@@ -252,6 +252,7 @@ def _source(student: fx.GraphModule, value: fx.Node, *, through_averages: bool =
         isinstance(called(student, value), passing)
         or (value.op == "call_function" and value.target in TRANSPARENT_FUNCTIONS)
         or (value.op == "call_method" and value.target in TRANSPARENT_METHODS)
+        or (value.target is F.avg_pool2d and value.args[1:2] == (1,))  # of one value each
         or (through_averages and _is_average(student, value))
     ):
         value = value.all_input_nodes[0]

@@ -23,7 +23,9 @@ class BasicBlock(nn.Module):
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         if self.stride > 1:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
+            # x[:, :, ::stride, ::stride], whose gradient would leave the channels_last layout.
+            x = F.avg_pool2d(x, 1, self.stride)
+            x = F.pad(x, (0, 0, 0, 0, self.pad, self.pad))
         return F.relu(x + y)
 
 
@@ -57,7 +59,7 @@ class ResNet(nn.Module):
         """(N, in_channels, H, W), H and W divisible by 4, -> logits (N, C)."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean((2, 3)))
+        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 def resnet20(num_classes: int = 10) -> ResNet:
