@@ -6,7 +6,7 @@ w = softmax of Gaussian noise, or, with probability 1 - p for a whole step, the 
 L_G and L_Q as GDFQ's, both cross-entropies on the soft label.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -109,9 +109,12 @@ def paper(image_size: int) -> tuple[Qimera, Recipe]:
 
 
 def quick(image_size: int) -> tuple[Qimera, Recipe]:
-    """GDFQ's quick settings with Qimera's images."""
+    """GDFQ's quick settings with Qimera's images, from a generator that is trained less.
+
+    At GDFQ's rate the images of a class grow alike (``benchmarks/results/ablation.md``).
+    """
     method, recipe = gdfq.quick(image_size)
-    return _with_losses_of(method), recipe
+    return _with_losses_of(method), replace(recipe, generator_lr=1e-4)
 
 
 def _with_losses_of(method: GDFQ) -> Qimera:
