@@ -128,9 +128,20 @@ def test_bfloat16_stays_bfloat16(grid, ste, per_channel):
     got = fake_quantize(x, scale, zero, qmin, qmax, ste=ste)
     (grad,) = torch.autograd.grad(got.float().sum(), x)
     assert got.dtype == grad.dtype == torch.bfloat16
-    # bfloat16 has 8 binary digits; its rounding may carry a value over to the next level.
-    want = fake_quantize(x.float(), scale, zero, qmin, qmax)
-    assert ((got - want).abs() <= scale + 2**-8 * want.abs()).all()
+    assert torch.equal(got, fake_quantize(x.float(), scale, zero, qmin, qmax).bfloat16())
+
+
+@given(grids(1), st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]))
+def test_every_dtype_is_rounded_as_float64_would_round_it(grid, dtype):
+    x, _, scale, zero_point, limits = grid
+    x = x.to(dtype)
+    before = raw(x)
+    got = fake_quantize(x, scale.to(torch.float32), zero_point, *limits)
+    assert raw(x) == before
+    wide = x.double() / scale.double()
+    assume((wide - wide.floor() - 0.5).abs().min() > 1e-4)  # ties fall where rounding takes them
+    steps = (wide.round() + zero_point).clamp(*limits) - zero_point
+    assert torch.equal(got, (steps.to(torch.promote_types(dtype, torch.float32)) * scale).to(dtype))
 
 
 @pytest.mark.parametrize("ste", ["identity", "clipped"])
