@@ -106,7 +106,7 @@ class WeightQuantizer(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
-            # Two reductions; aminmax knows one dimension and is four times slower on the CPU.
+            # Two reductions; aminmax knows one dimension and is much slower on the CPU.
             channel = tuple(range(1, weight.ndim))
             low, high = weight.amin(channel, keepdim=True), weight.amax(channel, keepdim=True)
             scale, zero_point = scale_and_zero_point(

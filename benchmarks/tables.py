@@ -21,7 +21,7 @@ from benchmarks.report import Cell
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 NAMES = {"gdfq": "GDFQ", "qimera": "Qimera", "adadfq": "AdaDFQ"}
-EQUAL_TIME = "resnet20-4032"
+EQUAL_TIME = "resnet20-3960"
 SETTINGS = {
     "resnet20": "ResNet-20 {}",
     EQUAL_TIME: "ResNet-20 {}, equal time",

@@ -1,12 +1,15 @@
 """The proof's queue, and the halves that search and proof are judged on."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agm import AGM
+from baselines import adadfq, gdfq
 from benchmarks import compare, proof
 from benchmarks.process import locked
 from benchmarks.task import halves
@@ -29,7 +32,10 @@ def queue(tmp_path, monkeypatch):
 
 def cells(tmp_path, grid):
     path = tmp_path / "results" / f"{grid}.json"
-    return {c["name"]: c for c in json.loads(path.read_text())["cells"]} if path.exists() else {}
+    if not path.exists():
+        return {}
+    file = json.loads(path.read_text())
+    return {c["name"]: c | file["sources"][c["source"]] for c in file["cells"]}
 
 
 def test_every_grid_runs_once(queue, tmp_path, monkeypatch):
@@ -96,6 +102,35 @@ def test_a_longer_run_is_another_run(queue, tmp_path, monkeypatch):
     assert set(found) == {f"gdfq-w3a3-{arm}-seed{proof.FIRST_SEED}" for arm in ("none", "both")}
     assert all(c["recipe"]["steps"] == 5 for c in found.values())
     assert all(c["recipe"]["steps"] == 4 for c in cells(tmp_path, "a").values())
+
+
+@pytest.mark.parametrize(
+    ("owner", "attribute", "stale"),
+    [
+        (gdfq, "quick", {"none", "both"}),
+        (adadfq, "quick", set()),
+        (compare, "AGM", {"both"}),
+    ],
+    ids=["its recipe", "another's", "the add-on"],
+)
+def test_cells_of_another_recipe_are_trained_again(
+    queue, tmp_path, monkeypatch, owner, attribute, stale
+):
+    monkeypatch.setitem(GRIDS, "a", (GRIDS["a"][0], 1))
+    assert queue("--grids", "a") == 0
+    file = json.loads((tmp_path / "results" / "a.json").read_text())
+    assert all(proof.is_present(cell, file) for cell in file["cells"])
+
+    if owner is compare:
+        changed = lambda *, ratio=0.2: AGM(ratio=ratio)  # noqa: E731
+    else:
+        method, recipe = owner.quick(8)
+        changed = lambda image_size: (method, replace(recipe, generator_lr=2e-3))  # noqa: E731
+    monkeypatch.setattr(owner, attribute, changed)
+    assert {c["hooks"] for c in file["cells"] if not proof.is_present(c, file)} == stale
+    seed = str(proof.FIRST_SEED)
+    argv = [*GRIDS["a"][0].split(), "--seeds", "1", "--first-seed", seed]
+    assert proof.missing(argv, proof.setting(GRIDS["a"][0])) == bool(stale)
 
 
 def test_a_mistake_ends_the_queue(queue, monkeypatch):
