@@ -59,12 +59,14 @@ def setting(arguments: str) -> str:
 
 
 def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
-    """Add a report's cells to the grid's file; each names its source: commit, machine, settings.
+    """Add to the grid's file those cells of a report that no file holds yet.
 
+    Each names its source: commit, machine, settings.
     Histories are kept for ResNet-20, whose curves README shows; those of digits are ten times as
     large as all the rest.
     """
     with locked(RESULTS, wait=True):
+        held = present(setting(arguments))
         path = RESULTS / f"{grid}.json"
         known = json.loads(path.read_text()) if path.exists() else {"arguments": arguments}
         source = {key: content[key] for key in ("command", "settings", "versions", "machine")}
@@ -76,7 +78,7 @@ def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
             own |= {"history": []}
         cells = {cell["name"]: cell for cell in known.get("cells", [])}
         for cell in content["cells"]:
-            if cell["error"] is None:
+            if cell["error"] is None and cell["name"] not in held:
                 cells[cell["name"]] = {k: v for k, v in cell.items() if k != "policy"} | own
         known["cells"] = [cells[name] for name in sorted(cells)]
         report.write_json(path, known)
@@ -84,15 +86,19 @@ def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
 
 def missing(argv: list[str], its_setting: str) -> bool:
     """Whether some cell of this run is in no file of its setting, as it would be trained today."""
+    return not {cell["name"] for cell in compare.grid(compare.parse(argv))} <= present(its_setting)
+
+
+def present(its_setting: str) -> set[str]:
+    """The cells that some file of this setting holds as they would be trained today."""
     files = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
-    known = {
+    return {
         cell["name"]
         for file in files
         if setting(file["arguments"]) == its_setting
         for cell in file["cells"]
         if is_present(cell, file)
     }
-    return not {cell["name"] for cell in compare.grid(compare.parse(argv))} <= known
 
 
 def is_present(cell: dict[str, Any], file: dict[str, Any]) -> bool:

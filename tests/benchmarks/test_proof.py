@@ -92,6 +92,7 @@ def test_grids_share_their_runs(queue, tmp_path, monkeypatch):
     assert queue() == 0
     ((hook,),) = started
     assert (hook.loss, hook.interpolation) == (True, False)
+    assert set(cells(tmp_path, "c")) == {f"gdfq-w3a3-loss-seed{proof.FIRST_SEED}"}
 
 
 def test_a_longer_run_is_another_run(queue, tmp_path, monkeypatch):
