@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agm.errors import AgmValueError
+from agm.errors import AgmValueError, check_state
 from agm.functional import interpolate
 
 
@@ -82,6 +82,7 @@ class LinearInterpolation:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where :meth:`state_dict` was taken."""
+        check_state(self, state, "rng")
         self._rng.set_state(state["rng"])
 
 

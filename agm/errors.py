@@ -1,5 +1,7 @@
 """Named errors: what was received, what was expected, what to do."""
 
+from typing import Any
+
 
 class AgmError(Exception):
     """Root of every error that this project raises on purpose."""
@@ -7,3 +9,13 @@ class AgmError(Exception):
 
 class AgmValueError(AgmError, ValueError):
     """An argument has a wrong value, shape or type."""
+
+
+def check_state(owner: object, state: dict[str, Any], *names: str) -> None:
+    """Raise :class:`AgmValueError` unless ``state`` has all ``names``, before any is read."""
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise AgmValueError(
+            f"the state has no {', '.join(missing)}; load what the state_dict of "
+            f"{type(owner).__name__} gave"
+        )

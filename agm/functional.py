@@ -28,6 +28,9 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 def check_logits(teacher_logits: Tensor, student_logits: Tensor) -> None:
     """Raise :class:`AgmValueError` unless both are floating, of one shape (N, C), N, C >= 1."""
+    if not (isinstance(teacher_logits, Tensor) and isinstance(student_logits, Tensor)):
+        kinds = type(teacher_logits).__name__, type(student_logits).__name__
+        raise AgmValueError(f"logits must be tensors, got {kinds[0]} and {kinds[1]}")
     shape, other = tuple(teacher_logits.shape), tuple(student_logits.shape)
     if shape != other:
         raise AgmValueError(

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from agm.augment import LinearInterpolation
-from agm.errors import AgmValueError
+from agm.errors import AgmValueError, check_state
 from agm.functional import (
     Discrepancy,
     at_least_float32,
+    check_logits,
     expected_margin,
     measure,
     resolve_discrepancy,
@@ -153,23 +154,25 @@ class AGM:
             A scalar of the logits' dtype; 0, without a call of the student, in the interpolation's
             turn.
         """
-        self.num_classes = teacher_logits.shape[1]
         evaluation, other_turn = divmod(self.calls, 2) if self.alternate else (self.calls, 0)
-        self.calls += 1
+        running = dict(self.running)  # all checks come before the first change of state
         if not self.loss or other_turn:
-            return teacher_logits.new_zeros(())
-        with frozen_parameters(student) if isinstance(student, nn.Module) else nullcontext():
-            student_logits = student(images)
-        d = measure(self.discrepancy, teacher_logits, student_logits)
-        with torch.no_grad():
-            variance, mean = torch.var_mean(d, correction=0)
-            self._follow("mean", mean)
-            self._follow("variance", variance)
-        std = self.running["variance"].sqrt()
-        term = expected_margin(d, self.running["mean"], std).mean()
-        if other_terms is not None and evaluation % self.interval == 0:
-            self._follow("weight", self._balance(term, other_terms, images))
-        return (term * self.running.get("weight", 1.0)).to(teacher_logits.dtype)
+            check_logits(teacher_logits, teacher_logits)
+            loss = teacher_logits.new_zeros(())
+        else:
+            with frozen_parameters(student) if isinstance(student, nn.Module) else nullcontext():
+                student_logits = student(images)
+            d = measure(self.discrepancy, teacher_logits, student_logits)
+            with torch.no_grad():
+                variance, mean = torch.var_mean(d, correction=0)
+                self._follow(running, mean=mean, variance=variance)
+            term = expected_margin(d, running["mean"], running["variance"].sqrt()).mean()
+            if other_terms is not None and evaluation % self.interval == 0:
+                self._follow(running, weight=self._balance(term, other_terms, images))
+            loss = (term * running.get("weight", 1.0)).to(teacher_logits.dtype)
+        self.running, self.num_classes = running, teacher_logits.shape[1]
+        self.calls += 1
+        return loss
 
     def student_batch(self, *, images: Tensor, labels: Tensor | None = None) -> Any:
         """Interpolate the student's batch.
@@ -206,13 +209,26 @@ class AGM:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where :meth:`state_dict` was taken."""
+        check_state(self, state, "calls", "num_classes", "running", "interpolation")
         self.calls, self.num_classes = state["calls"], state["num_classes"]
         self.running = {name: value.clone() for name, value in state["running"].items()}
         self.mix.load_state_dict(state["interpolation"])
 
-    def _follow(self, name: str, value: Tensor) -> None:
-        old = self.running.get(name)
-        self.running[name] = value if old is None else value.lerp(old.to(value), self.decay)
+    def _follow(self, running: dict[str, Tensor], **now: Tensor) -> None:
+        """Move the averages; a value that is not finite leaves them where they are."""
+        for name, value in now.items():
+            old = running[name].to(value) if name in running else torch.zeros_like(value)
+            change = (value - old).nan_to_num(0.0, 0.0, 0.0)
+            share = 1 - self.decay if name in running else 1.0
+            running[name] = torch.add(old, change, alpha=share)
+
+    def __repr__(self) -> str:
+        name = getattr(self.discrepancy, "__name__", repr(self.discrepancy))
+        return (
+            f"AGM(loss={self.loss}, interpolation={self.interpolation}, discrepancy={name}, "
+            f"ratio={self.ratio}, decay={self.decay}, interval={self.interval}, "
+            f"alternate={self.alternate})"
+        )
 
     def _balance(self, term: Tensor, other_terms: Tensor, images: Tensor) -> Tensor:
         """The weight that holds the gradients' norms at the images in ``ratio``."""

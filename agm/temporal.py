@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agm.errors import AgmValueError
+from agm.errors import AgmValueError, check_state
 
 
 class DiversityProbe:
@@ -25,7 +25,7 @@ class DiversityProbe:
     * ``gradient_norm``: of the generator's parameters as they are; NaN if it has none.
 
     Features are what the teacher's last linear layer receives (its output if it has none).
-    Nothing is left behind: training modes, buffers and every RNG are as before the call.
+    Nothing is left behind: training modes, buffers and torch's RNGs are as before the call.
 
     Args:
         generator: a module or any callable, ``generator(*latents) -> images``.
@@ -75,6 +75,7 @@ class DiversityProbe:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where :meth:`state_dict` was taken."""
+        check_state(self, state, "images", "features")
         self.images, self.features = state["images"], state["features"]
 
     def _observe(self) -> tuple[Tensor, Tensor]:
@@ -88,7 +89,8 @@ class DiversityProbe:
         with torch.random.fork_rng(devices=list(devices)), ExitStack() as stack:
             if linears:
                 handle = linears[-1].register_forward_pre_hook(
-                    lambda _module, inputs: seen.append(inputs[0])
+                    lambda _module, inputs, named: seen.append(*inputs, *named.values()),
+                    with_kwargs=True,
                 )
                 stack.callback(handle.remove)
             images = _on_copied_buffers(self.generator, *self.latents)

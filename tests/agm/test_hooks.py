@@ -196,6 +196,22 @@ def test_equal_networks_keep_the_weight_and_stay_finite(seed, n):
     assert hook.running["weight"].item() == 1
 
 
+@given(seeds, st.integers(0, 3), st.sampled_from([math.nan, math.inf, -math.inf]))
+def test_a_batch_that_is_not_finite_is_forgotten(seed, before, bad):
+    """Its own loss says so, and the averages stay where they were."""
+    hook, spared = (AGM(interval=1, alternate=False) for _ in range(2))
+    healthy, (spoilt,) = steps(seed, before + 2), steps(seed + 1, 1)
+    spoilt["student"] = lambda x: x.flatten(1)[:, :3] * bad
+    for i, step in enumerate(healthy):
+        if i == before:
+            assert not hook.generator_loss(**spoilt).isfinite()
+        got = hook.generator_loss(**step)
+        assert gradient(got, step["images"]).isfinite().all()
+        want = spared.generator_loss(**step)
+        if before:  # otherwise the averages started from 0
+            assert same_bits(got, want)
+
+
 @given(seeds, half_dtypes)
 def test_half_precision_is_computed_in_float32(seed, dtype):
     t, s = torch.randn(2, 4, 3, generator=rng(seed)).to(dtype)
@@ -375,12 +391,6 @@ def test_global_rng_is_untouched(seed, loss):
 # Errors
 
 
-def with_step(**changes):
-    (step,) = steps(0, 1)
-    settings = changes.pop("settings", {})
-    return AGM(**settings).generator_loss(**{**step, **changes})
-
-
 UNRELATED = torch.ones((), requires_grad=True) * 2
 
 
@@ -393,14 +403,45 @@ UNRELATED = torch.ones((), requires_grad=True) * 2
         ({"student": lambda x: x.flatten(1)}, r"teacher \(4, 3\), student \(4, 6\)"),
         ({"student": lambda x: x.flatten(1)[:2, :3]}, r"teacher \(4, 3\), student \(2, 3\)"),
         ({"student": lambda x: torch.zeros(4, 3).long()}, "int64"),
+        ({"student": lambda x: (x.flatten(1)[:, :3], None)}, "Tensor and tuple"),
+        ({"teacher_logits": torch.zeros(4)}, r"\(4,\)"),
+        ({"teacher_logits": torch.zeros(4), "settings": {"loss": False}}, r"\(4,\)"),
         ({"settings": {"discrepancy": lambda t, s: (t - s).abs()}}, r"\(4, 3\)"),
         ({"settings": {"discrepancy": lambda t, s: (t - s).abs().mean()}}, r"\(\)"),
     ],
 )
-def test_bad_call_is_a_named_error(changes, received):
+def test_bad_call_is_a_named_error_and_changes_nothing(changes, received):
+    settings = changes.pop("settings", {})
+    hook, (good, step) = AGM(interval=1, alternate=False, **settings), steps(0, 2)
+    if not settings:
+        hook.generator_loss(**good)
+    before = hook.state_dict()
     with pytest.raises(AgmError, match=received) as caught:
-        with_step(**changes)
+        hook.generator_loss(**{**step, **changes})
     assert isinstance(caught.value, ValueError)
+    after = hook.state_dict()
+    assert all(torch.equal(before.pop(k)["rng"], after.pop(k)["rng"]) for k in ["interpolation"])
+    assert after == before
+
+
+@pytest.mark.parametrize("made", [AGM, LinearInterpolation], ids=["AGM", "interpolation"])
+def test_a_state_that_lacks_something_is_a_named_error_and_changes_nothing(made):
+    hook = made(seed=1)
+    for name in hook.state_dict():
+        damaged = made(seed=2).state_dict()
+        del damaged[name]
+        with pytest.raises(AgmError, match=f"has no {name}.*{made.__name__}"):
+            hook.load_state_dict(damaged)
+    rng_state = hook.state_dict().get("interpolation", hook.state_dict())["rng"]
+    assert torch.equal(rng_state, rng(1).get_state())
+
+
+def test_repr_tells_the_settings():
+    hook = AGM(ratio=0.5, discrepancy="logit_l1", alternate=False)
+    assert repr(hook) == (
+        "AGM(loss=True, interpolation=True, discrepancy=logit_l1, ratio=0.5, decay=0.95, "
+        "interval=10, alternate=False)"
+    )
 
 
 def test_detached_images_are_a_named_error():

@@ -116,6 +116,20 @@ def test_features_are_what_the_last_of_several_linear_layers_receives():
     assert rows[0]["batch_similarity"] == pytest.approx(by_hand(features, features)[1], abs=1e-5)
 
 
+def test_features_given_by_keyword_are_found():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(48, 5)
+
+        def forward(self, x):
+            return self.fc(input=x.flatten(1))
+
+    images, rows = watched(0, 4, ByKeyword())
+    features = images[0].flatten(1)
+    assert rows[0]["batch_similarity"] == pytest.approx(by_hand(features, features)[1], abs=1e-5)
+
+
 @given(seeds, st.integers(2, 6))
 def test_a_frozen_generator_does_not_move(seed, n):
     probe = DiversityProbe(image_generator(), latents(seed, n), classifier())
@@ -284,6 +298,15 @@ def test_state_dict_before_the_first_call():
     probe = DiversityProbe(image_generator(), latents(), classifier())
     probe.load_state_dict(DiversityProbe(image_generator(), latents(), classifier()).state_dict())
     assert math.isnan(probe()["image_movement"])
+
+
+@pytest.mark.parametrize("name", ["images", "features"])
+def test_a_state_that_lacks_something_is_a_named_error(name):
+    probe = DiversityProbe(image_generator(), latents(), classifier())
+    state = probe.state_dict()
+    del state[name]
+    with pytest.raises(AgmError, match=f"has no {name}.*DiversityProbe"):
+        probe.load_state_dict(state)
 
 
 @pytest.mark.parametrize("n", [0, 1])
