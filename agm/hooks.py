@@ -225,9 +225,9 @@ class AGM:
     def __repr__(self) -> str:
         name = getattr(self.discrepancy, "__name__", repr(self.discrepancy))
         return (
-            f"AGM(loss={self.loss}, interpolation={self.interpolation}, discrepancy={name}, "
-            f"ratio={self.ratio}, decay={self.decay}, interval={self.interval}, "
-            f"alternate={self.alternate})"
+            f"{type(self).__name__}(loss={self.loss}, interpolation={self.interpolation}, "
+            f"discrepancy={name}, ratio={self.ratio}, decay={self.decay}, "
+            f"interval={self.interval}, alternate={self.alternate})"
         )
 
     def _balance(self, term: Tensor, other_terms: Tensor, images: Tensor) -> Tensor:

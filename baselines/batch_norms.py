@@ -65,7 +65,8 @@ def traced(network: nn.Module) -> fx.GraphModule:
     except Exception as error:
         raise UnsupportedLayerError(
             f"{type(network).__name__} cannot be traced by torch.fx ({error}); its forward must "
-            "not branch on tensor values: rewrite that part or wrap it in a leaf module"
+            "not branch on tensor values: rewrite that part or wrap it in a leaf module. Of a "
+            "compiled or parallel network give the module inside"
         ) from error
 
 
@@ -73,12 +74,14 @@ def with_folded_norms(teacher: nn.Module) -> fx.GraphModule:
     """A copy of ``teacher`` in eval mode; a conv and its BatchNorm become one :class:`FoldedConv`.
 
     A pair stays as it is where the moments of what the conv gives could not be told from those of
-    what the BatchNorm gives, or where something unknown might write to the latter in place.
+    what the BatchNorm gives, where something unknown might write to the latter in place, or where
+    the BatchNorm serves another conv too.
     """
     network = traced(teacher)
+    calls = _calls(network)
     for source, node in normalised_convolutions(network):
         conv, norm = called(network, source), called(network, node)
-        if _invertible(norm) and _read_only(network, node):
+        if calls[str(node.target)] == 1 and _invertible(norm) and _read_only(network, node):
             network.set_submodule(str(source.target), FoldedConv(conv, norm))
             bypass(network, node, source)
     return cleaned(network)
@@ -130,7 +133,7 @@ def fold(conv: nn.Module, norm: nn.Module) -> None:
 
 def normalised_convolutions(network: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
     """Every (conv, BatchNorm) of which the BatchNorm alone reads what the conv gives."""
-    calls = Counter(str(node.target) for node in network.graph.nodes)
+    calls = _calls(network)
     pairs = []
     for node in network.graph.nodes:
         norm = called(network, node)
@@ -142,6 +145,11 @@ def normalised_convolutions(network: fx.GraphModule) -> list[tuple[fx.Node, fx.N
             continue
         pairs.append((source, node))
     return pairs
+
+
+def _calls(network: fx.GraphModule) -> Counter[str]:
+    """How often each module runs."""
+    return Counter(str(node.target) for node in network.graph.nodes)
 
 
 def called(network: fx.GraphModule, node: fx.Node) -> nn.Module | None:

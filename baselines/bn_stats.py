@@ -69,10 +69,16 @@ class BatchNormStatistics:
         self.layers: list[Layer] = []
 
     def collect(
-        self, layer: Layer, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+        self,
+        layer: Layer,
+        module: nn.Module,
+        inputs: tuple[Tensor, ...],
+        named: dict[str, Tensor],
+        output: Tensor,
     ) -> None:
         """The batch's means and biased variances at one layer."""
-        self.batch += channel_moments(output if isinstance(module, FoldedConv) else inputs[0])
+        (given,) = (*inputs, *named.values())
+        self.batch += channel_moments(output if isinstance(module, FoldedConv) else given)
         self.layers.append(layer)
 
     def loss(self) -> Tensor:
@@ -125,7 +131,8 @@ def batch_norm_statistics(layers: list[Layer]) -> Iterator[BatchNormStatistics]:
     """Collect from every forward inside; all hooks are removed on leaving."""
     statistics = BatchNormStatistics()
     handles = [
-        layer.module.register_forward_hook(partial(statistics.collect, layer)) for layer in layers
+        layer.module.register_forward_hook(partial(statistics.collect, layer), with_kwargs=True)
+        for layer in layers
     ]
     try:
         yield statistics

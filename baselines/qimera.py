@@ -61,11 +61,12 @@ class Qimera(GDFQ):
     """GDFQ's losses and constants on soft labels, and
 
     Args:
-        latent_dim: of the decoder's input (default 64).
+        latent_dim: of the decoder's input (default 64, CIFAR's).
         probability: p, that a step superposes (default 0.4).
-        superposed: K; None (default) for the published 2 up to 10 classes, 10 up to 100, else 100.
+        superposed: K; None (default) for the published 2 up to 10 classes, 10 up to 100, else 100,
+            which is MobileNetV2's (ResNet-18 and ResNet-50 have 500, the latter with p = 0.7).
         from_classifier: start the embeddings from the rows of the teacher's last linear layer; None
-            (default) where published: small images with more than 10 classes.
+            (default) where published: small images with more than 10 classes (and ResNet-50).
     """
 
     latent_dim: int = 64

@@ -28,8 +28,8 @@ def scale_and_zero_point(
 ) -> tuple[Tensor, Tensor]:
     """Step size and zero point for ranges [low, high], which are widened to include 0.
 
-    Both are integers-in-float for ``zero_point``; an empty range gets scale 1. Zero is always
-    represented exactly, values inside the range to within half a step.
+    The zero point is an integer, held in the ranges' dtype; an empty range gets scale 1. Zero is
+    always represented exactly, values inside the range to within half a step.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     qmin, qmax = integer_range(bit_width, scheme, signed=signed)

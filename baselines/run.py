@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from agm import DiversityProbe, Hook
 from baselines import adadfq, checkpoint, gdfq, qimera
-from baselines.errors import CheckpointError
+from baselines.errors import CheckpointError, ConfigError
 from baselines.quantizers import check_choice
 from baselines.recipe import Recipe
-from baselines.student import BitPolicy, QuantizationConfig
+from baselines.student import BitPolicy, QuantizationConfig, image_channels
 from baselines.trainer import Trainer
 
 METHODS = {"gdfq": gdfq, "qimera": qimera, "adadfq": adadfq}
@@ -90,22 +90,31 @@ def quantize(
         method: ``"gdfq"``, ``"qimera"`` or ``"adadfq"``.
         weight_bits, act_bits: 2 to 8.
         hooks: add-ons, e.g. ``[AGM()]``; each run needs its own.
-        image_size: s, a multiple of 4; the channels are those of the first convolution.
+        image_size: s, a multiple of 4; the channels are those of the first convolution that runs.
         recipe: ``"quick"``, or ``"paper"`` for the published settings.
         steps, batch_size: in place of the recipe's; the proportions of the schedule stay.
         scheme, edge_bits: see :class:`baselines.student.QuantizationConfig`.
+        seed, device, precision: see :class:`baselines.trainer.Trainer`.
         evaluate: quantized network -> accuracy; called straight after quantization, then at every
             record. Never used for training or selection: ``model`` is that of the last step.
         records: how often history is written, evenly over the run.
-        checkpoint_path, checkpoint_every, resume: where and how often (steps) to save the run, and
-            whether to go on from there; the result is then bit-identical to an unbroken run.
+        checkpoint_path, checkpoint_every, resume: where and how often (every so many steps, >= 1)
+            to save the run, and whether to go on from there; the result is then bit-identical to
+            an unbroken run.
         stop: asked after every step; True saves and raises :class:`Interrupted`.
         on_step, on_policy: told the step and its losses, and the policy before training.
 
     Raises:
         BaselineError: see :mod:`baselines.errors`; always before the first step, or with the
             weights of the step before.
+        Interrupted: ``stop`` said so.
     """
+    if checkpoint_every < 1:
+        raise ConfigError(f"checkpoint_every must be >= 1, got {checkpoint_every}")
+    if checkpoint_path is not None and not Path(checkpoint_path).parent.is_dir():
+        raise CheckpointError(
+            f"checkpoint_path {str(checkpoint_path)!r} is in no folder; make the folder first"
+        )
     trainer = make_trainer(
         teacher,
         method=method,
@@ -133,7 +142,8 @@ def quantize(
         "image_size": image_size,
         "precision": trainer.precision,
         "teacher": checkpoint.fingerprint(teacher),
-        "hooks": [type(hook).__name__ for hook in hooks],
+        "records": records,
+        "hooks": [_described(hook) for hook in hooks],
     }
     if resume and checkpoint_path is not None:
         state = checkpoint.load_newest(checkpoint_path)
@@ -185,11 +195,16 @@ def make_trainer(
         weight_bits=weight_bits, act_bits=act_bits, scheme=scheme, edge_bits=edge_bits,
         ste=plan.ste, range_estimator=plan.range_estimator, fold_batch_norm=plan.fold_batch_norm,
     )  # fmt: skip
-    channels = next((m.in_channels for m in teacher.modules() if isinstance(m, nn.Conv2d)), 3)
-    shape = (channels, image_size, image_size)
+    shape = (image_channels(teacher) or 3, image_size, image_size)
     return Trainer(
         teacher, method=losses, recipe=plan, config=config, image_shape=shape, hooks=hooks, **where
     )
+
+
+def _described(hook: Hook) -> str:
+    """What tells one hook from another: its own repr, or its class."""
+    own = type(hook).__repr__ is not object.__repr__
+    return repr(hook) if own else type(hook).__name__
 
 
 class _Run:

@@ -37,18 +37,26 @@ RELU_FUNCTIONS = (F.relu, F.relu6, F.relu_, torch.relu, torch.relu_)
 RELU_METHODS = ("relu", "relu_")
 # Values pass through these as they are, so a quantized tensor stays one.
 TRANSPARENT = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Flatten, nn.Identity, nn.Dropout)
-TRANSPARENT_FUNCTIONS = (torch.flatten, F.max_pool2d, F.dropout, F.pad, operator.getitem)
-TRANSPARENT_METHODS = ("flatten", "view", "reshape", "contiguous", "squeeze")
+TRANSPARENT_FUNCTIONS = (
+    torch.flatten, F.max_pool2d, F.dropout, F.pad, operator.getitem, torch.reshape, torch.squeeze,
+    torch.chunk, torch.split, torch.transpose, torch.permute, torch.cat, torch.stack,
+)  # fmt: skip
+TRANSPARENT_METHODS = (
+    "flatten", "view", "reshape", "contiguous", "squeeze", "chunk", "split", "transpose", "permute",
+)  # fmt: skip
 SUMS = (operator.add, operator.iadd, torch.add)
 AVERAGES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool1d)
 # Activation functions without a quantizer here: leaving them in floating point would go unseen.
 FOREIGN_ACTIVATIONS = (
     nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU,
-    nn.CELU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Hardtanh, nn.RReLU,
+    nn.CELU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Hardtanh, nn.RReLU, nn.Threshold,
+    nn.Softsign, nn.LogSigmoid, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.GLU,
 )  # fmt: skip
 FOREIGN_FUNCTIONS = {
     "silu", "gelu", "hardswish", "hardsigmoid", "leaky_relu", "prelu", "elu", "selu", "celu",
-    "mish", "sigmoid", "tanh", "softplus", "hardtanh", "conv1d", "conv2d", "conv3d", "linear",
+    "mish", "sigmoid", "tanh", "softplus", "hardtanh", "rrelu", "threshold", "softsign",
+    "logsigmoid", "tanhshrink", "softshrink", "hardshrink", "glu", "clamp", "clamp_", "clamp_min",
+    "clamp_max", "clip", "maximum", "minimum", "conv1d", "conv2d", "conv3d", "linear",
     "conv_transpose2d", "matmul", "bmm", "einsum", "scaled_dot_product_attention",
 }  # fmt: skip
 
@@ -208,11 +216,15 @@ def _quantize_activations(
     student: fx.GraphModule, config: QuantizationConfig, policy: BitPolicy
 ) -> None:
     relus = [node for node in student.graph.nodes if _is_relu(student, node)]
+    if not relus:
+        raise UnsupportedLayerError(
+            "the network has no ReLU or ReLU6, so none of its activations could be quantized"
+        )
     _refuse_hidden_writes(student, relus)
     last = [n for n in student.graph.nodes if isinstance(called(student, n), WEIGHTED)][-1]
-    before_last = _source(student, last.all_input_nodes[0], through_averages=True)
+    before_last = _sources(student, last.all_input_nodes[0], through_averages=True)
     for node in relus:
-        edge = config.edge_bits is not None and node is before_last
+        edge = config.edge_bits is not None and node in before_last
         bits = config.edge_bits if edge else config.act_bits
         assert bits is not None
         name = f"{node.name}_quantizer"
@@ -245,18 +257,23 @@ def _refuse_hidden_writes(student: fx.GraphModule, relus: list[fx.Node]) -> None
             )
 
 
-def _source(student: fx.GraphModule, value: fx.Node, *, through_averages: bool = False) -> fx.Node:
-    """The node whose values are those of ``value``, however rearranged."""
+def _sources(
+    student: fx.GraphModule, value: fx.Node, *, through_averages: bool = False
+) -> list[fx.Node]:
+    """The nodes whose values are those of ``value``, however rearranged."""
     passing = TRANSPARENT + (AVERAGES if through_averages else ())
-    while value.all_input_nodes and (
+    if value.all_input_nodes and (
         isinstance(called(student, value), passing)
         or (value.op == "call_function" and value.target in TRANSPARENT_FUNCTIONS)
         or (value.op == "call_method" and value.target in TRANSPARENT_METHODS)
         or (value.target is F.avg_pool2d and value.args[1:2] == (1,))  # of one value each
         or (through_averages and _is_average(student, value))
     ):
-        value = value.all_input_nodes[0]
-    return value
+        joined = value.target in (torch.cat, torch.stack)
+        inputs = value.all_input_nodes if joined else value.all_input_nodes[:1]
+        found = [_sources(student, i, through_averages=through_averages) for i in inputs]
+        return [node for nodes in found for node in nodes]
+    return [value]
 
 
 def _is_average(student: fx.GraphModule, node: fx.Node) -> bool:
@@ -274,7 +291,7 @@ def _list_floating_point(student: fx.GraphModule, policy: BitPolicy) -> None:
         is_sum = node.op == "call_function" and node.target in SUMS
         weighted = isinstance(called(student, node), WEIGHTED)
         inputs = node.all_input_nodes if is_sum else node.all_input_nodes[:1] if weighted else ()
-        for source in (_source(student, value) for value in inputs):
+        for source in (s for value in inputs for s in _sources(student, value)):
             if source in listed:
                 continue
             why = _why_floating_point(student, source)
@@ -297,6 +314,13 @@ def _why_floating_point(student: fx.GraphModule, node: fx.Node) -> str | None:
     if _is_average(student, node):
         return "average"
     return "no ReLU between it and the next layer"
+
+
+def image_channels(network: nn.Module) -> int | None:
+    """Those of the first convolution that ``network`` runs; None if it has none."""
+    graph = traced(network)
+    modules = (called(graph, node) for node in graph.graph.nodes)
+    return next((m.in_channels for m in modules if isinstance(m, CONVOLUTIONS)), None)
 
 
 def check_logits_shape(logits: Tensor) -> int:

@@ -20,6 +20,7 @@ the images in the generator's turn is not run on them again in its own.
 """
 
 import copy
+import platform
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -92,18 +93,17 @@ class Trainer:
     ) -> None:
         self.method, self.recipe, self.config = method, recipe, config
         self.hooks, self.seed = list(hooks), seed
-        self.device = torch.device(device)
+        self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         teacher = copy.deepcopy(teacher).float()
         student, self.policy = build_student(teacher, config)
         self.student = self._place(student.requires_grad_(True))
         self.teacher = self._place(with_folded_norms(teacher).requires_grad_(False))
         self.layers = normalising_layers(self.teacher)
-        with torch.no_grad():
-            probe = torch.zeros(2, *image_shape, device=self.device)
-            self.num_classes = check_logits_shape(self.teacher(probe))
+        self.num_classes = self._count_classes(image_shape)
+        # Seeds the CPU's generator alone: torch.manual_seed would reach every GPU's.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             generator = method.make_generator(self.teacher, self.num_classes, image_shape)
         self.generator = self._place(generator.train())
         self.generator_optimizer, self.student_optimizer = recipe.optimizers(
@@ -123,6 +123,7 @@ class Trainer:
         """Whether the next step trains the generator alone."""
         return self.step_count < self.recipe.warmup_steps
 
+    @torch.enable_grad()
     def step(self) -> dict[str, Tensor]:
         """One turn of the loop; returns its loss terms, detached, keys ``G/...`` and ``Q/...``.
 
@@ -230,6 +231,17 @@ class Trainer:
             "step. Lower the learning rate, or check that the teacher gives finite logits"
         )
 
+    @torch.no_grad()
+    def _count_classes(self, image_shape: tuple[int, int, int]) -> int:
+        try:
+            logits = self.teacher(torch.zeros(2, *image_shape, device=self.device))
+        except Exception as error:  # the user's network may raise anything
+            size = "x".join(map(str, image_shape))
+            raise ConfigError(
+                f"the teacher does not take {size} images ({error}); set image_size"
+            ) from error
+        return check_logits_shape(logits)
+
     def _run(self, network: nn.Module, *inputs: Tensor) -> Tensor:
         with torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
@@ -297,6 +309,15 @@ class Remembered:
         return self.output
 
 
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device, once it has been seen to work."""
+    try:
+        torch.zeros((), device=device).item()
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device {str(device)!r} cannot be used: {error}") from error
+
+
 def resolve_precision(precision: str, device: torch.device) -> str:
     """``"auto"`` becomes ``"bf16"`` where the device has fast bf16 arithmetic, else ``"fp32"``."""
     if precision not in ("auto", "fp32", "bf16"):
@@ -305,4 +326,9 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    if platform.machine() in ("x86_64", "AMD64"):
+        # oneDNN takes bf16 on all of AVX-512, and without its instructions at half fp32's speed.
+        fast = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    else:
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if fast else "fp32"

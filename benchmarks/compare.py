@@ -248,7 +248,7 @@ class Comparison:
             row = json.loads(stem.with_suffix(".json").read_text())
             np.load(stem.with_suffix(".npy"))
             checkpoint.load(stem.with_suffix(".ckpt"))
-        except (OSError, ValueError):  # CheckpointError is a ValueError
+        except (OSError, EOFError, ValueError):  # CheckpointError is a ValueError
             return None
         return row
 

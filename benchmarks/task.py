@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from baselines.errors import ConfigError
+from baselines.student import image_channels
+from baselines.trainer import resolve_device
 from benchmarks import datasets, teachers
 from benchmarks.errors import UsageError
 
@@ -55,9 +58,9 @@ class Task:
 def load_task(args: argparse.Namespace) -> Task:
     """Build and check everything that can be wrong before the first step."""
     try:
-        torch.zeros((), device=args.device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {args.device!r} cannot be used: {error}") from error
+        resolve_device(args.device)
+    except ConfigError as error:
+        raise UsageError(f"--device: {error}") from error
     on_digits = args.model == "digits" and args.data is None
     zoo = args.model.startswith("torchvision:")
     size = args.image_size
@@ -70,10 +73,17 @@ def load_task(args: argparse.Namespace) -> Task:
         num_classes = 1000 if zoo else 10
         if args.data is not None:
             num_classes = len(datasets.class_names(args.data))
-    teacher = teachers.build(args.model, num_classes=num_classes, weights=args.weights)
-    channels = next((m.in_channels for m in teacher.modules() if isinstance(m, nn.Conv2d)), None)
+    with torch.random.fork_rng(devices=[]):  # a factory may leave its weights random
+        torch.default_generator.manual_seed(0)
+        teacher = teachers.build(args.model, num_classes=num_classes, weights=args.weights)
+    if args.weights is None and (zoo or args.model == "resnet20"):
+        raise UsageError(
+            f"the model {args.model!r} comes with random weights; pass trained ones by --weights, "
+            "a file that torch.save made of a state_dict"
+        )
+    channels = image_channels(teacher)
     if channels is None:
-        raise UsageError(f"the model {args.model!r} has no Conv2d, so it takes no images")
+        raise UsageError(f"the model {args.model!r} has no convolution, so it takes no images")
     if args.data is not None and channels != 3:
         raise UsageError(
             f"the model takes images of {channels} channel(s), --data gives 3-channel ones; "
@@ -94,7 +104,7 @@ def load_task(args: argparse.Namespace) -> Task:
     try:
         with torch.no_grad():
             logits = teacher(torch.zeros(2, channels, size, size))
-    except RuntimeError as error:
+    except Exception as error:  # the user's network may raise anything
         raise UsageError(
             f"the model does not take {channels}x{size}x{size} images ({error}); set --image-size"
         ) from error

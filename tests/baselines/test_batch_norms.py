@@ -107,6 +107,20 @@ def test_networks(make, folded):
     assert assert_same(net, images(4, 32).double(), rtol=1e-7, atol=1e-12) == folded
 
 
+def test_a_batch_norm_of_two_convolutions_is_left():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.norm = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+            fill(self, 2)
+
+        def forward(self, x):
+            x = F.relu(self.norm(self.a(x)))
+            return F.relu(self.norm(self.b(x))).flatten(1)
+
+    assert assert_same(Both().double(), images().double(), rtol=1e-9) == 0
+
+
 @pytest.mark.parametrize(("gain", "shift"), [(0.0, 0.0), (1e-12, 0.0), (-0.003, 1.0)])
 def test_a_channel_that_its_shift_drowns_is_left(gain, shift):
     net = Block(FOLDED["module"])

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from agm import AGM, AgmError
@@ -366,6 +367,7 @@ OTHER_RUNS = {
     "teacher's classes": {"teacher": Tiny(classes=5)},
     "teacher's width": {"teacher": Tiny(width=5)},
     "hooks": {"hooks": [AGM()]},
+    "records": {"records": 3},
 }
 
 
@@ -389,6 +391,12 @@ def test_a_hook_of_another_class_is_refused(tmp_path):
         run(hooks=[AGM()], checkpoint_path=tmp_path / "run.pt", resume=True)
 
 
+def test_an_add_on_of_other_settings_is_refused(tmp_path):
+    interrupted(tmp_path / "run.pt", hooks=[AGM(ratio=0.1)])
+    with pytest.raises(CheckpointError, match="hooks"):
+        run(hooks=[AGM(ratio=0.2)], checkpoint_path=tmp_path / "run.pt", resume=True)
+
+
 def test_a_quantized_network_is_no_checkpoint(tmp_path):
     run().save(tmp_path / "net.pt")
     with pytest.raises(CheckpointError):
@@ -410,7 +418,48 @@ def test_a_quantized_network_of_another_version(tmp_path):
         load_quantized(tmp_path / "net.pt", Tiny())
 
 
+# Unusual teachers and callers
+
+
+class Backwards(Tiny):
+    """Its first convolution is registered last, and layers take their inputs by keyword."""
+
+    def __init__(self):
+        super().__init__(channels=2)
+        first = self.conv0
+        del self.conv0
+        self.conv0 = first
+
+    def forward(self, x):
+        x = F.relu(input=self.bn0(input=self.conv0(input=x)))
+        x = F.relu(x + self.bn1(self.conv1(x)))
+        return self.fc(input=x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_in_any_order_with_inputs_by_keyword(method):
+    result = run(Backwards(), method=method, evaluate=lambda model: 1.0)
+    assert result.images.shape == (64, 2, 8, 8)
+    assert all(math.isfinite(row["feature_movement"]) for row in result.history[1:])
+
+
+def test_a_caller_without_gradients():
+    want = run()
+    with torch.no_grad():
+        assert same_result(run(), want)
+
+
+def test_a_checkpoint_in_no_folder_is_refused_before_the_first_step(tmp_path):
+    path = tmp_path / "nowhere" / "run.pt"
+    with pytest.raises(CheckpointError, match=r"nowhere.*folder"):
+        run(checkpoint_path=path, stop=lambda: pytest.fail("a step was taken"))
+
+
 # Bad settings
+
+EIGHT_PIXELS = nn.Sequential(
+    nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 4)
+)
 
 
 @pytest.mark.parametrize(
@@ -427,6 +476,10 @@ def test_a_quantized_network_of_another_version(tmp_path):
         ({"batch_size": 0}, "batch_size.*got 0"),
         ({"image_size": 10}, "image_size.*got 10"),
         ({"precision": "int8"}, "precision 'int8'"),
+        ({"device": "toaster"}, "device 'toaster'"),
+        ({"device": "cuda:99"}, "device 'cuda:99'"),
+        ({"checkpoint_every": 0}, "checkpoint_every.*got 0"),
+        ({"teacher": EIGHT_PIXELS, "image_size": 16}, "3x16x16 images.*set image_size"),
     ],
 )
 def test_bad_settings(settings, received):

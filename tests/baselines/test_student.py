@@ -315,6 +315,32 @@ def test_inputs_by_keyword(config):
     assert error(student(x), net(x)) < 0.05
 
 
+class Joining(nn.Module):
+    """Quantized tensors that are joined, cut and shuffled, and one that is not quantized."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.c, self.fc = nn.Conv2d(6, 4, 1), nn.Linear(8, 3)
+        fill(self, 0)
+
+    def forward(self, x):
+        first, second = self.a(x).relu(), F.relu(self.b(x))
+        kept, cut = torch.cat([first, second], 1).transpose(1, 2).chunk(2, 2)
+        cut = torch.cat([cut.permute(0, 2, 1, 3), kept.transpose(1, 2)[:, :2]], 1)
+        return self.fc(torch.cat([self.c(cut), first], 1).mean((2, 3)))
+
+
+def test_values_are_followed_through_what_only_moves_them():
+    _, policy = build_student(Joining(), QuantizationConfig(weight_bits=3, act_bits=3))
+    bits = [bits for bits, _ in rows(policy, "activation").values()]
+    assert sorted(bits) == ["3", "3", "float", "float"]  # and the image, and the average
+    _, policy = build_student(Joining(), QuantizationConfig(edge_bits=8))
+    widths = {name: bits for name, (bits, _) in rows(policy, "activation").items()}
+    assert widths["relu"] == "8"
+    assert widths["relu_1"] == "3"
+
+
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()
@@ -455,6 +481,13 @@ REFUSED = [
     (Holding(nn.LeakyReLU(0.1)), ("'extra'", "LeakyReLU")),
     (Holding(nn.Hardtanh(0, 1)), ("'extra'", "Hardtanh")),
     (Holding(F.gelu), ("gelu",)),
+    (Holding(lambda x: x.clamp(min=0)), ("clamp",)),
+    (Holding(lambda x: torch.clamp(x, 0, 6)), ("clamp",)),
+    (Holding(lambda x: torch.maximum(x, x.new_zeros(()))), ("maximum",)),
+    (Holding(nn.Threshold(0, 0)), ("'extra'", "Threshold")),
+    (Holding(nn.Softsign()), ("'extra'", "Softsign")),
+    (Holding(nn.LogSigmoid()), ("'extra'", "LogSigmoid")),
+    (Holding(nn.Identity()), ("no ReLU",)),
     (Holding(F.hardswish), ("hardswish",)),
     (Holding(torch.sigmoid), ("sigmoid",)),
     (Holding(lambda x: x.tanh()), ("tanh",)),

@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import math
+import platform
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from agm import AGM, AgmError
 from baselines import METHODS, gdfq
 from baselines.errors import CheckpointError, ConfigError, NonFiniteLossError
 from baselines.student import QuantizationConfig
-from baselines.trainer import Remembered, Trainer
+from baselines.trainer import Remembered, Trainer, resolve_precision
 from tests.baselines import Tiny, bits, images, same_state, weights
 
 SMALL = {name: replace(module.paper(8)[0], width=4, latent_dim=6)
@@ -415,6 +416,21 @@ def test_bfloat16(method, hooks):
         assert all(p.dtype == torch.float32 for p in network.parameters())
     pictures = trainer.sample_images(3)
     assert (pictures.shape, pictures.dtype) == ((3, 3, 8, 8), torch.float32)
+
+
+def test_bfloat16_is_chosen_where_it_is_fast(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for fast, chosen in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
+        assert resolve_precision("auto", cpu) == chosen
+        assert resolve_precision("bf16", cpu) == "bf16"
+        assert resolve_precision("fp32", cpu) == "fp32"
+
+
+def test_no_gpus_generator_is_seeded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded"))
+    train(make(), 1)
 
 
 def test_unknown_precision():

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from agm import AGM, AgmError
@@ -73,6 +74,17 @@ class Pair(nn.Module):
 class Branching(Pair):
     def forward(self, x):
         return self.net(x if x.sum() > 0 else -x)
+
+class Choosy(nn.Identity):
+    __module__ = "torch.nn.choosy"  # a leaf to torch.fx
+
+    def forward(self, x):
+        if x.shape[-1] != 48:
+            raise ValueError("48 pixels, please")
+        return x
+
+def picky():
+    return nn.Sequential(Choosy(), *cnn())
 
 def broken():
     raise RuntimeError("first line\\nsecond line")
@@ -369,7 +381,10 @@ def test_a_factory_from_the_current_directory_at_the_default_widths(folder):
 
 
 def test_torchvision_without_images_to_judge(recwarn):
+    network = torchvision.models.resnet18(num_classes=10)
+    torch.save(network.state_dict(), "resnet18.pth")
     argv = ("--model", "torchvision:resnet18", "--num-classes", 10, "--image-size", 32)
+    argv += ("--weights", "resnet18.pth")
     text = ok(*argv, "--bits", 3, *BRIEF, "--with-agm", "--out", "run")
     for line in text.splitlines():
         if line.startswith("gdfq"):
@@ -430,6 +445,10 @@ MISTAKES = {
         ("--model", "resnet20", "--weights", "hostile.th"), ("hostile.th", "run code", "re-save"),
     ),
     "empty class": ((*OWN, "--data", "empty"), ("no images", "empty/a", "add some")),
+    "random weights": (("--model", "resnet20"), ("'resnet20'", "random weights", "--weights")),
+    "random weights of torchvision": (
+        ("--model", "torchvision:resnet18"), ("'torchvision:resnet18'", "random weights"),
+    ),
     "unknown model": (("--model", "resnet21"), ("'resnet21'", "torchvision:NAME")),
     "unknown torchvision": (("--model", "torchvision:resnet19"), ("'resnet19'", "resnet18")),
     "no such module": (("--model", "nowhere_at_all:f"), ("nowhere_at_all", "current directory")),
@@ -456,6 +475,7 @@ MISTAKES = {
     "image size of nothing": ((*OWN, "--image-size", -4), ("-4",)),
     "no BatchNorm": (("--model", "nets:bare"), ("nets:bare", "BatchNorm", "choose")),
     "no convolution": (("--model", "nets:mlp"), ("nets:mlp", "onv")),
+    "an error of the network's own": (("--model", "nets:picky"), ("3x32x32", "48 pixels", "set")),
     "two outputs": (("--model", "nets:Pair"), ("tuple", "expected")),
     "branching": (("--model", "nets:Branching"), ("Branching", "torch.fx", "rewrite")),
     "SiLU": (("--model", "nets:silu"), ("SiLU", "ReLU", "replace it")),
@@ -606,12 +626,13 @@ def test_results_of_other_constants_of_a_method_are_not_mixed(copied, monkeypatc
     assert "other settings" in complaint(*copied[1], "--resume")
 
 
+@pytest.mark.parametrize("size", [0, 50])
 @pytest.mark.parametrize(
     "name", ["settings.json", "gdfq-w3a3-none-seed1.json", "gdfq-w3a3-none-seed1.npy"]
 )
-def test_a_damaged_file_of_a_finished_run_is_named_or_made_again(copied, name):
+def test_a_damaged_file_of_a_finished_run_is_named_or_made_again(copied, name, size):
     out, argv = copied
-    (out / name).write_bytes((out / name).read_bytes()[:50])
+    (out / name).write_bytes((out / name).read_bytes()[:size])
     status, text, err = call(*argv, "--resume")
     if status == 0:
         assert load(out)["table"] in text
