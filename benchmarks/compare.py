@@ -8,11 +8,8 @@ Without --model it runs on scikit-learn's handwritten digits and needs nothing b
 import argparse
 import inspect
 import json
-import os
-import platform
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -21,7 +18,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,6 +30,7 @@ from baselines.run import make_trainer
 from benchmarks import report
 from benchmarks.errors import UsageError
 from benchmarks.process import Stop, locked, replacing
+from benchmarks.provenance import provenance
 from benchmarks.report import Cell
 from benchmarks.task import Task, load_task
 
@@ -329,21 +326,14 @@ class Comparison:
     def _report(self, rows: list[Cell]) -> None:
         """Table, picture, report.json."""
         text = report.table(rows)
-        versions = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
         content = {
             "command": self._command(),
             "settings": self._settings(),
             "evaluation_images": 0 if self.task.images is None else len(self.task.images),
-            "versions": {"python": platform.python_version(), "commit": _commit()} | versions,
-            "machine": {
-                "platform": platform.platform(),
-                "cpus": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-                "gpu": torch.cuda.get_device_name() if "cuda" in self.args.device else None,
-            },
             "table": text,
             "cells": rows,
         }
+        content |= provenance(self.args.device)
         report.write_json(self.out / "report.json", content)
         done = [row["name"] for row in rows if row["error"] is None]
         images = {name: np.load(self.out / f"{name}.npy") / 255 for name in done}
@@ -365,14 +355,6 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} is damaged ({error}); choose another --out") from error
-
-
-def _commit() -> str | None:
-    run = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return run.stdout.strip() or None
 
 
 def main(argv: list[str] | None = None) -> int:

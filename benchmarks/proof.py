@@ -102,7 +102,10 @@ def present(its_setting: str) -> set[str]:
 
 
 def is_present(cell: dict[str, Any], file: dict[str, Any]) -> bool:
-    """Whether a cell was trained with the recipe, losses and add-on that are the defaults now."""
+    """Whether a cell was trained with the recipe, losses and add-on that are the defaults now.
+
+    Its code may be older, equal but for rounding: the source names the commit.
+    """
     settings = file["sources"][cell["source"]]["settings"]
     now = compare.constants(settings["recipe"], settings["image_size"])
     used = [cell["method"]] if cell["hooks"] == "none" else [cell["method"], "agm"]

@@ -10,7 +10,6 @@ this project's own float32 path: eager, contiguous, formulas as they read, no fo
 import argparse
 import contextlib
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from baselines.quantizers import observing
 from baselines.student import QuantizationConfig
 from baselines.trainer import Remembered, Trainer
 from benchmarks import report, teachers
+from benchmarks.provenance import provenance
 
 ARMS = {
     "none": {},
@@ -344,20 +344,15 @@ def main() -> int:
         if args.peak:
             print_peak(args)
             return 0
-        machine = {
-            "platform": platform.platform(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "capability": torch.backends.cpu.get_cpu_capability(),
-        }
-        print(", ".join(f"{k} {v}" for k, v in machine.items()))
+        made = provenance(args.device)
+        print(", ".join(f"{k} {v}" for part in made.values() for k, v in part.items()))
         results = {method: profile(args, method) for method in args.baseline}
     except AgmError as error:
         print(f"speed.py: error: {error}", file=sys.stderr)
         return 2
     if args.out:
         command = "python benchmarks/speed.py " + " ".join(args.argv)
-        report.write_json(args.out, {"command": command, "machine": machine, "methods": results})
+        report.write_json(args.out, {"command": command, "methods": results} | made)
     return 0
 
 

@@ -29,6 +29,7 @@ from baselines.student import QuantizationConfig
 from baselines.trainer import Trainer
 from benchmarks import compare
 from benchmarks.errors import UsageError
+from benchmarks.provenance import provenance
 from benchmarks.task import halves, load_task
 
 CURVE_STEPS = 150
@@ -126,6 +127,7 @@ def main(argv: list[str]) -> int:
             row = {
                 "name": own.name, "seed": seed, "curve": curve, "command": argv,
                 "accuracy_proof" if own.ceiling else "accuracy_tune": curve[-1][1],
+                **provenance(args.device),
             }  # fmt: skip
             own.records.parent.mkdir(parents=True, exist_ok=True)
             with own.records.open("a") as file:

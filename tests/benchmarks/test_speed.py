@@ -33,7 +33,7 @@ def test_figures(monkeypatch, capsys, tmp_path):
     out = tmp_path / "speed.json"
     assert main(monkeypatch, *SMALL, "--rounds", "2", "--out", str(out)) == 0
     got = json.loads(out.read_text())
-    assert set(got) == {"command", "machine", "methods"}
+    assert set(got) == {"command", "machine", "methods", "versions"}
     result = got["methods"]["gdfq"]
     assert (result["batch_size"], result["precision"]) == (4, "fp32")
     figures = result["figures"]

@@ -1,0 +1,39 @@
+"""What made a figure."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """``versions``, with the commit of this program, and ``machine``, as a report states them."""
+    packages = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
+    return {
+        "versions": {"python": platform.python_version(), "commit": _commit()} | packages,
+        "machine": {
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if "cuda" in device else None,
+        },
+    }
+
+
+def _commit() -> str | None:
+    """12 digits, ``-dirty`` if some code is not committed (results may be), None without git."""
+
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).parents[1]
+        run = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+        return run.stdout.strip() if run.returncode == 0 else ""
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    changed = git("status", "--porcelain", "--", "*.py")
+    return f"{commit}-dirty" if commit and changed else commit or None
