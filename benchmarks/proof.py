@@ -59,15 +59,15 @@ def setting(arguments: str) -> str:
 
 
 def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
-    """Add to the grid's file those cells of a report that no file holds yet.
+    """Put a report's cells into the grid's file, but for those that another grid's file holds.
 
     Each names its source: commit, machine, settings.
     Histories are kept for ResNet-20, whose curves README shows; those of digits are ten times as
     large as all the rest.
     """
     with locked(RESULTS, wait=True):
-        held = present(setting(arguments))
         path = RESULTS / f"{grid}.json"
+        elsewhere = present(setting(arguments), but=path)
         known = json.loads(path.read_text()) if path.exists() else {"arguments": arguments}
         source = {key: content[key] for key in ("command", "settings", "versions", "machine")}
         sources = known.setdefault("sources", [])
@@ -78,7 +78,7 @@ def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
             own |= {"history": []}
         cells = {cell["name"]: cell for cell in known.get("cells", [])}
         for cell in content["cells"]:
-            if cell["error"] is None and cell["name"] not in held:
+            if cell["error"] is None and cell["name"] not in elsewhere:
                 cells[cell["name"]] = {k: v for k, v in cell.items() if k != "policy"} | own
         known["cells"] = [cells[name] for name in sorted(cells)]
         report.write_json(path, known)
@@ -89,9 +89,9 @@ def missing(argv: list[str], its_setting: str) -> bool:
     return not {cell["name"] for cell in compare.grid(compare.parse(argv))} <= present(its_setting)
 
 
-def present(its_setting: str) -> set[str]:
-    """The cells that some file of this setting holds as they would be trained today."""
-    files = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
+def present(its_setting: str, but: Path | None = None) -> set[str]:
+    """The cells that some (other) file of this setting holds as they would be trained today."""
+    files = [json.loads(path.read_text()) for path in RESULTS.glob("*.json") if path != but]
     return {
         cell["name"]
         for file in files
