@@ -65,8 +65,8 @@ def traced(network: nn.Module) -> fx.GraphModule:
     except Exception as error:
         raise UnsupportedLayerError(
             f"{type(network).__name__} cannot be traced by torch.fx ({error}); its forward must "
-            "not branch on tensor values: rewrite that part or wrap it in a leaf module. Of a "
-            "compiled or parallel network give the module inside"
+            "not branch on tensor values: rewrite that part. Give a compiled or parallel network's "
+            "module inside"
         ) from error
 
 

@@ -38,7 +38,7 @@ def save(path: str | Path, state: dict[str, Any], *, keep_previous: bool = False
     torch.save(state, buffer)
     payload = buffer.getbuffer()
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    outcome = "the file that was there is intact"
+    outcome = "the file that was there is intact" if path.exists() else "there was none before"
     try:
         with open(temporary, "wb") as file:
             file.write(MAGIC)
@@ -57,7 +57,7 @@ def save(path: str | Path, state: dict[str, Any], *, keep_previous: bool = False
             temporary.unlink()
         raise CheckpointError(
             f"could not write {path}: {error.strerror or error}; {outcome}. "
-            "Free some space or choose another folder"
+            "Free some space, or choose another folder that is there"
         ) from error
 
 

@@ -147,10 +147,11 @@ def _refuse_unsupported(student: fx.GraphModule) -> None:
                 f"parameter {name!r} is used outside of a layer; only the weights of Conv and "
                 "Linear modules can be quantized"
             )
+        what = repr(kind) if module is None else f"{name!r} ({kind})"
         foreign = node.op in ("call_function", "call_method") and kind in FOREIGN_FUNCTIONS
         if foreign or (isinstance(module, FOREIGN_ACTIVATIONS) and not isinstance(module, RELUS)):
             raise UnsupportedLayerError(
-                f"{name!r} ({kind}) cannot be quantized: activations must be ReLU or ReLU6, and "
+                f"{what} cannot be quantized: activations must be ReLU or ReLU6, and "
                 "weights must belong to Conv or Linear modules; replace it and fine-tune first"
             )
         if isinstance(module, WEIGHTED):

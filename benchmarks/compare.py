@@ -69,8 +69,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--with-agm", nargs="*", choices=report.ARMS[1:], metavar="PART",
         help="compare with the add-on: loss, interpolation, both (default), or several of them")
     add("--bits", type=int, nargs="+", help="default: 3 4 (digits 2 3)")
-    add("--weight-bits", type=int, help="in place of --bits")
-    add("--act-bits", type=int, help="in place of --bits")
+    add("--weight-bits", type=int, help="in place of --bits, together with --act-bits")
+    add("--act-bits", type=int, help="in place of --bits, together with --weight-bits")
     add("--seeds", type=int, default=3, help="how many runs of each (default: 3)")
     add("--first-seed", type=int, default=0, help="default: 0")
     add("--recipe", choices=RECIPES, default="quick", help="default: quick")
@@ -100,17 +100,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     bits = args.bits if args.bits is not None else ([2, 3] if args.model == "digits" else [3, 4])
-    if args.weight_bits is not None or args.act_bits is not None:
-        if args.bits:
-            raise UsageError("give --bits, or --weight-bits and --act-bits, not both")
-        bits = [3]
-    args.widths = [
-        (
-            b if args.weight_bits is None else args.weight_bits,
-            b if args.act_bits is None else args.act_bits,
-        )
-        for b in dict.fromkeys(bits)
-    ]
+    args.widths = [(b, b) for b in dict.fromkeys(bits)]
+    given = [w for w in (args.weight_bits, args.act_bits) if w is not None]
+    if given:
+        if args.bits or len(given) == 1:
+            raise UsageError("give --bits, or --weight-bits and --act-bits together, not both")
+        args.widths = [(args.weight_bits, args.act_bits)]
     if args.model == "digits" and args.steps is None and args.recipe == "quick":
         args.steps = DIGITS_STEPS
     return args
@@ -142,20 +137,22 @@ def constants(recipe: str, image_size: int) -> dict[str, str]:
 
 
 class Comparison:
-    """A grid of runs on one task, in one folder that it has to itself."""
+    """A grid of runs on one task, in one folder that it has to itself; made, it is checked."""
 
     def __init__(self, args: argparse.Namespace, task: Task, out: Path) -> None:
         self.args, self.task, self.out = args, task, out
-        self.accuracy_fp = None if task.images is None else task.accuracy(task.teacher)
+        self.accuracy_fp: float | None = None
         self.cells = grid(args)
         self.steps: dict[str, int] = {}
         self.precision = self.args.precision
         self.stop = Stop()
+        self.policies = self._check()
 
     def run(self) -> int:
         """All cells that are not finished, then the report; returns the exit status."""
-        policies = self._check()
         self._claim_folder()
+        if self.task.images is not None:
+            self.accuracy_fp = self.task.accuracy(self.task.teacher)
         rows = {cell["name"]: row for cell in self.cells if (row := self._finished(cell))}
         todo = [cell for cell in self.cells if cell["name"] not in rows]
         fp = "n/a" if self.accuracy_fp is None else f"{self.accuracy_fp:.2f} %"
@@ -166,7 +163,7 @@ class Comparison:
             f"{self.precision} on {self.args.device}",
             flush=True,
         )
-        for (weight_bits, act_bits), policy in policies.items():
+        for (weight_bits, act_bits), policy in self.policies.items():
             print(f"\nBit policy W{weight_bits}A{act_bits}\n{policy}\n", flush=True)
         interrupted = False
         with self.stop.listening():
@@ -180,8 +177,11 @@ class Comparison:
         finished = [rows[cell["name"]] for cell in self.cells if cell["name"] in rows]
         if finished:
             self._report(finished)
-        if interrupted:
-            print(f"go on with: {self._command()} --resume", file=sys.stderr)
+        if not interrupted:
+            print(f"Reproduce: {self._command()}", flush=True)
+        else:
+            where = shlex.join(["--out", str(self.out)])
+            print(f"go on with: {self._command()} {where} --resume", file=sys.stderr)
             return 128 + (self.stop.received or signal.SIGINT)
         return 1 if any(row["error"] for row in finished) else 0
 
@@ -218,12 +218,19 @@ class Comparison:
             raise UsageError(
                 f"{self.out} holds a run; add --resume to go on, or choose another --out"
             )
-        if known.exists() and _read_json(known) != self._settings():
+        now = self._settings()
+        before = _read_json(known) if known.exists() else now
+        if before != now:
+            other = [
+                k if k == "constants" else f"{k} {before.get(k)!r} there, {now[k]!r} now"
+                for k in now
+                if before.get(k) != now[k]
+            ]
             raise UsageError(
-                f"{self.out} was made with other settings ({known}); repeat its command, or choose "
-                "another --out"
+                f"{self.out} was made with other settings ({'; '.join(other)}); repeat its "
+                "command, or choose another --out"
             )
-        report.write_json(known, self._settings())
+        report.write_json(known, now)
         for name in [*(cell["name"] for cell in self.cells), "report", "settings"]:
             for stale in [*self.out.glob(f"{name}.*.tmp"), *self.out.glob(f".{name}.*.tmp")]:
                 stale.unlink()
@@ -277,6 +284,8 @@ class Comparison:
             hooks = [AGM(**parts, seed=cell["seed"])]
 
         def on_step(step: int, terms: dict[str, Tensor]) -> None:
+            if not bar.n:
+                bar.initial = bar.n = step  # a resumed run's first ones cost nothing
             bar.update(step + 1 - bar.n)
             if step % 20 == 0:
                 bar.set_postfix({k: f"{v.item():.3g}" for k, v in terms.items()}, refresh=False)
@@ -339,14 +348,15 @@ class Comparison:
         images = {name: np.load(self.out / f"{name}.npy") / 255 for name in done}
         title = f"{self.args.model}, {self.args.recipe} recipe"
         report.picture(rows, images, self.out / "report.png", title=title)
-        print(f"\n{text}\n\nWrote {self.out / 'report.json'} and {self.out / 'report.png'}")
-        print(f"Reproduce: {self._command()}", flush=True)
+        print(f"\n{text}\n\n{report.LEGEND}\n")
+        print(f"Wrote {self.out / 'report.json'} and {self.out / 'report.png'}")
 
     def _command(self) -> str:
-        """What reproduces this run."""
-        given = [a for a in self.args.argv if a != "--resume"]
-        if "--out" not in given:
-            given += ["--out", str(self.out)]
+        """What reproduces this run, in a folder of its own."""
+        given = [a for a in self.args.argv if a != "--resume" and not a.startswith("--out=")]
+        if "--out" in given:
+            place = given.index("--out")
+            del given[place : place + 2]
         return shlex.join(["python", "benchmarks/compare.py", *given])
 
 
@@ -365,8 +375,9 @@ def main(argv: list[str] | None = None) -> int:
         task = load_task(args)
         name = args.model.replace(":", "-").replace("/", "-")
         out = args.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        comparison = Comparison(args, task, out)
         with locked(out):
-            return Comparison(args, task, out).run()
+            return comparison.run()
     except AgmError as error:
         if "--debug" in argv:
             raise

@@ -12,7 +12,15 @@ from benchmarks.errors import UsageError
 
 
 class Stop:
-    """SIGINT and SIGTERM: the first lets the step end, the second ends the program at once."""
+    """SIGINT and SIGTERM: the first lets the step end, the second ends the program at once.
+
+    The first is answered on stderr, since a step with its evaluation may take a while.
+    """
+
+    ANSWER = (
+        b"\nstopping after this step; once more ends the program at once, and what came since the "
+        b"last checkpoint is lost\n"
+    )
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -33,6 +41,7 @@ class Stop:
         if self.received is not None:
             os._exit(128 + number)
         self.received = number
+        os.write(2, self.ANSWER)
 
 
 @contextlib.contextmanager
@@ -71,6 +80,6 @@ def replacing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UsageError(
-            f"could not write {path}: {error.strerror or error}; the file that was there is "
-            "intact. Free some space and add --resume, or choose another --out"
+            f"could not write {path}: {error.strerror or error}; a file that was there is intact. "
+            "Free some space and add --resume, or choose another --out"
         ) from error

@@ -119,7 +119,8 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--weights", type=Path, required=True, help="of ResNet-20")
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 images, an ImageFolder")
-    parser.add_argument("--grids", nargs="+", choices=GRIDS, default=list(GRIDS), metavar="GRID")
+    parser.add_argument("--grids", nargs="+", choices=GRIDS, default=list(GRIDS), metavar="GRID",
+                        help=f"default: all of {', '.join(GRIDS)}")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/proof"))
     args = parser.parse_args(argv)
     worst = 0

@@ -14,6 +14,11 @@ from benchmarks.process import replacing
 Cell = dict[str, Any]
 ARMS = ("none", "loss", "interpolation", "both")
 ARM_NAMES = {"none": "baseline", "loss": "+loss", "interpolation": "+interpolation", "both": "+AGM"}
+LEGEND = (
+    "PTQ: straight after quantization. paired diff.: of the last step, on all evaluation images,\n"
+    "to the baseline of the same seed. movement, similarity: of the generator's images, mean of\n"
+    "the run's last quarter; see agm.DiversityProbe."
+)
 PROBE = {"feature_movement": "feature movement", "batch_similarity": "batch similarity"}
 
 
@@ -47,8 +52,12 @@ def difference_text(difference: dict[str, Any]) -> str:
         return "n/a"
     interval = "n/a"
     if difference["low"] is not None:
-        interval = f"[{difference['low']:+.2f}, {difference['high']:+.2f}]"
-    return f"{difference['mean']:+.2f} {interval}, n={difference['n']}"
+        interval = f"[{_signed(difference['low'])}, {_signed(difference['high'])}]"
+    return f"{_signed(difference['mean'])} {interval}, n={difference['n']}"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 2) + 0.0:+.2f}"  # -0.0 + 0.0 is 0.0
 
 
 def groups(cells: Iterable[Cell]) -> dict[tuple[str, int, int], dict[str, list[Cell]]]:
@@ -167,8 +176,12 @@ def picture(
         fp = [c["accuracy_fp"] for runs in arms.values() for c in runs if c.get("accuracy_fp")]
         if fp:
             row[0].axhline(fp[0], color="grey", ls="--", lw=1, label="full precision")
-        if row[0].get_legend_handles_labels()[0]:
-            row[0].legend(fontsize=8)
+        if not row[0].lines:
+            row[0].text(0.5, 0.5, "n/a, no evaluation images", ha="center")
+            row[0].set(xticks=[], yticks=[])
+        for axis in row[:3]:
+            if axis.lines:
+                axis.legend(fontsize=8)
         for axis, arm in zip(row[3:], shown, strict=True):
             axis.axis("off")
             cell = next((c for c in arms.get(arm, []) if c["name"] in images), None)
@@ -184,7 +197,14 @@ def picture(
 
 
 def mosaic(images: np.ndarray, side: int = 6) -> np.ndarray:
-    """The first side^2 images as one, with a white line between them."""
+    """The first side^2 images as one, with a white line between them.
+
+    Images of more than 64 pixels are averaged down, as the picture would show their grid alone.
+    """
+    k = -(-images.shape[1] // 64)
+    n, h, w, c = images.shape
+    h, w = h // k, w // k
+    images = images[:, : h * k, : w * k].reshape(n, h, k, w, k, c).mean((2, 4))
     pad = ((0, 0), (0, 1), (0, 1), (0, 0))
     images = images[: min(side * side, len(images) // side * side)]  # whole rows
     images = np.pad(images, pad, constant_values=1.0)

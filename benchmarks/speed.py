@@ -32,9 +32,10 @@ from baselines import trainer as loop
 from baselines.batch_norms import NormalisedConv, traced
 from baselines.bn_stats import BatchNormStatistics
 from baselines.quantizers import observing
-from baselines.student import QuantizationConfig
+from baselines.student import QuantizationConfig, image_channels
 from baselines.trainer import Remembered, Trainer
 from benchmarks import report, teachers
+from benchmarks.errors import UsageError
 from benchmarks.provenance import provenance
 
 ARMS = {
@@ -123,7 +124,7 @@ def make(args: argparse.Namespace, method: str, arm: str, *, plain: bool) -> Tra
             method=losses,
             recipe=recipe,
             config=config,
-            image_shape=(3, args.image_size, args.image_size),
+            image_shape=(image_channels(teacher) or 3, args.image_size, args.image_size),
             hooks=[] if arm == "none" else [AGM(**ARMS[arm])],
             device=args.device,
             precision="fp32" if plain else args.precision,
@@ -344,6 +345,10 @@ def main() -> int:
         if args.peak:
             print_peak(args)
             return 0
+        if args.rounds < 2:
+            raise UsageError(f"--rounds must be at least 2, for a spread; got {args.rounds}")
+        if args.out and not args.out.parent.is_dir():
+            raise UsageError(f"--out {str(args.out)!r} is in no folder; make the folder first")
         made = provenance(args.device)
         print(", ".join(f"{k} {v}" for part in made.values() for k, v in part.items()))
         results = {method: profile(args, method) for method in args.baseline}

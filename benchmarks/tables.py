@@ -6,6 +6,7 @@ Writes between the markers ``<!-- NAME -->`` and ``<!-- end -->`` of README.md, 
 benchmarks/results/proof.png.
 """
 
+import argparse
 import json
 import re
 import sys
@@ -138,6 +139,7 @@ def picture(rows: list[Row], path: Path) -> None:
     for axis, (key, label) in zip(axes[1:], panels.items(), strict=True):
         report.plot_curves(axis, {a: arms[a] for a in ("none", "both") if a in arms}, key, label)
         axis.set_title(f"{title}, mean and range over seeds", fontsize=9)
+        axis.set_xlim(left=0)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -163,6 +165,8 @@ def tables() -> dict[str, str]:
 
 
 def main() -> None:
+    description = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=description).parse_args()
     readme = ROOT / "README.md"
     readme.write_text(fill(readme.read_text(), tables()))
     picture(proof_rows(RESULTS / "proof"), RESULTS / "proof.png")

@@ -76,8 +76,9 @@ def settings(pairs: list[str]) -> dict[str, dict[str, Any]]:
 def main(argv: list[str]) -> int:
     """Exit status 0, or 2 for a user's mistake."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="All other options are compare.py's; one method and one width are taken.",
+    )  # fmt: skip
     parser.add_argument("name")
     parser.add_argument("--agm", action="store_true", help="with the add-on")
     parser.add_argument("--ceiling", action="store_true", help="real images for the student")

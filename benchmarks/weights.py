@@ -58,7 +58,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if len(found) == 1 and got and want and rows:
         raise TeacherError(
             f"the weights {where!r} are for {got[0]} classes, the model has {want[0]}: "
-            f"pass num_classes={got[0]}, or other weights"
+            f"pass num_classes={got[0]} (on the command line --num-classes, or --data with that "
+            "many class folders), or other weights"
         )
     raise TeacherError(
         f"the weights {where!r} do not fit the model; {'; '.join(found)}. "

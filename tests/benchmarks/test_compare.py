@@ -244,23 +244,24 @@ def test_what_is_printed(finished):
     assert policy < text.index(" 8/8 ")  # before the training
     assert text.rindex(" 8/8 ") < text.index("last step %")  # which the table follows
     assert "report.json" in text[text.index("last step %") :]
-    assert shlex.join(["benchmarks/compare.py", *argv]) in text.splitlines()[-1]
+    assert argv[-2:] == ["--out", "run"]
+    command = shlex.join(["python", "benchmarks/compare.py", *argv[:-2]])
+    assert text.splitlines()[-1] == f"Reproduce: {command}"
 
 
 def test_the_printed_command_reproduces_the_run(finished, home):
     python, script, *argv = shlex.split(load(finished[0])["command"])
     assert (python, script) == ("python", "benchmarks/compare.py")
-    ok(*argv)
-    assert untimed(load("run")["cells"]) == untimed(load(finished[0])["cells"])
-    assert same_networks(home / "run", finished[0], files(finished[0], "*.ckpt"))
+    ok(*argv)  # into a folder of its own
+    (out,) = (home / "runs").iterdir()
+    assert untimed(load(out)["cells"]) == untimed(load(finished[0])["cells"])
+    assert same_networks(out, finished[0], files(finished[0], "*.ckpt"))
 
 
-def test_the_default_folder_is_new_and_in_the_command(home):
+def test_the_default_folder_is_new(home):
     ok(*BRIEF)
     (out,) = (home / "runs").iterdir()
     assert out.name.startswith("digits-")
-    command = shlex.split(load(out)["command"])
-    assert command[command.index("--out") + 1] == str(out.relative_to(home))
     assert cells_of(out, "weight_bits", "act_bits") == [(2, 2), (3, 3)]
 
 
@@ -282,7 +283,7 @@ def cells_of(out: str | Path, *keys: str) -> list[tuple]:
 def test_the_baseline_alone_and_one_seed(monkeypatch):
     text = ok(*BRIEF3, "--first-seed", 7, "--out", "run")
     assert cells_of("run", "method", "hooks", "seed") == [("gdfq", "none", 7)]
-    (row,) = (line for line in text.splitlines() if " baseline " in line)
+    (row,) = (line for line in text.splitlines() if line.startswith("gdfq  "))
     assert row.count("± n/a") == 6
     # One command for going on, and for looking at the result again.
     spy(monkeypatch, never)
@@ -457,6 +458,7 @@ MISTAKES = {
     "0 bits": (("--bits", 0), ("bits", "2 to 8", "got 0")),
     "0 weight bits": (("--weight-bits", 0, "--act-bits", 4), ("bits", "2 to 8", "got 0")),
     "9 bits": (("--bits", 3, 9), ("bits", "2 to 8", "got 9")),
+    "half of the bits": (("--weight-bits", 4), ("--weight-bits", "--act-bits", "together")),
     "bits twice": (("--bits", 3, "--act-bits", 4), ("--bits", "--act-bits", "not both")),
     "resume what": (("--resume",), ("--resume needs --out",)),
     "no steps": (("--steps", 0), ("steps", "got 0", ">= 1")),
@@ -593,6 +595,8 @@ def test_results_of_other_settings_are_not_mixed(copied, change):
     before = files(out)
     line = complaint(*argv, *change, "--resume")
     assert "other settings" in line
+    key = change[0].strip("-").replace("-", "_")
+    assert re.search(rf"\b{key} \S+ there, '?{change[1]}'? now", line)
     assert "choose another --out" in line
     assert files(out) == before
 
@@ -786,6 +790,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(method, number, unbrok
     else:
         assert status == 128 + number
         assert re.search(rf"{cell}: stopped after step \d+ of {STEPS}", err)
+        assert "stopping after this step" in err
         assert "Traceback" not in err
         assert "baseline" in text  # what is finished is reported
         command = err.splitlines()[-1].partition("go on with: ")[2]

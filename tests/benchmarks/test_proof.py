@@ -48,7 +48,7 @@ def test_every_grid_runs_once(queue, tmp_path, monkeypatch):
     for cell in found.values():
         halves = cell["accuracy_tuning"], cell["accuracy_proof"]
         assert min(halves) <= cell["accuracy_last"] <= max(halves)
-        assert f"--first-seed {cell['seed']} " in cell["command"]
+        assert cell["command"].endswith(f"--first-seed {cell['seed']}")
         assert cell["settings"]["data_hash"]
     monkeypatch.setattr(compare, "main", lambda argv: pytest.fail("nothing was left to do"))
     assert queue() == 0
