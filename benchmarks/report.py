@@ -31,8 +31,8 @@ def mean_std(values: Sequence[float]) -> str:
     return f"{np.mean(values):.2f} ± {spread}"
 
 
-def paired_difference(base: dict[int, float], other: dict[int, float]) -> dict[str, Any]:
-    """Mean of other - base over the seeds that both have, with its 95 % t interval.
+def paired_difference(base: dict[Any, float], other: dict[Any, float]) -> dict[str, Any]:
+    """Mean of other - base over the seeds (or other keys) that both have, with its 95 % t interval.
 
     Returns:
         n, mean, and low and high, which are None for n < 2 (as is the mean for n = 0).

@@ -7,6 +7,7 @@ benchmarks/results/proof.png.
 """
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -60,25 +61,36 @@ def _order(item: tuple[tuple[str, int, int], Any]) -> tuple[int, int, int]:
 def proof_table(rows: list[Row]) -> str:
     """Accuracy of the baseline and each arm's paired difference to it, as Markdown.
 
-    n: seeds of the baseline, then pairs of each arm.
+    Below several methods of one setting, all their pairs together. n: seeds of the baseline, then
+    pairs of each arm.
     """
     lines = [
         "| | baseline, all images % | proof half % | + loss | + interpolation | **+ both** | n |",
         "|---|---|---|---|---|---|---|",
     ]
-    for title, arms in rows:
-        base = report.by_seed(arms["none"], "accuracy_proof")
-        everywhere = report.by_seed(arms["none"], "accuracy_last")
-        line = [title, *(report.mean_std(list(v.values())) for v in (everywhere, base))]
-        counts = [str(len(base))]
-        for arm in report.ARMS[1:]:
-            last = report.by_seed(arms.get(arm, []), "accuracy_proof")
-            difference = report.paired_difference(base, last)
-            text, _, n = report.difference_text(difference).rpartition(", n=")
-            line.append(text if last else "")
-            counts += [n] if last else []
-        lines.append("| " + " | ".join([*line, ", ".join(counts)]) + " |")
+    for setting_title, group in itertools.groupby(rows, lambda row: row[0].rpartition(" ")[0]):
+        members = list(group)
+        lines += [_proof_line(title, [arms]) for title, arms in members]
+        if len(members) > 1:
+            lines.append(_proof_line(f"{setting_title}, together", [arms for _, arms in members]))
     return "\n".join(lines)
+
+
+def _proof_line(title: str, methods: list[dict[str, list[Cell]]]) -> str:
+    def runs(arm: str, key: str) -> dict[tuple[int, int], float]:
+        found = [report.by_seed(arms.get(arm, []), key) for arms in methods]
+        return {(i, seed): v for i, by_seed in enumerate(found) for seed, v in by_seed.items()}
+
+    base, everywhere = runs("none", "accuracy_proof"), runs("none", "accuracy_last")
+    means = [report.mean_std(list(v.values())) for v in (everywhere, base)]
+    line = [title, *(means if len(methods) == 1 else ["", ""])]
+    counts = [str(len(base))]
+    for arm in report.ARMS[1:]:
+        last = runs(arm, "accuracy_proof")
+        text, _, n = report.difference_text(report.paired_difference(base, last)).rpartition(", n=")
+        line.append(text if last else "")
+        counts += [n] if last else []
+    return "| " + " | ".join([*line, ", ".join(counts)]) + " |"
 
 
 def speed_table(paths: list[Path]) -> str:

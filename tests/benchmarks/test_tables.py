@@ -47,6 +47,21 @@ def test_proof_table(folder):
     assert second == "| digits W2A2 AdaDFQ | 95.00 ± n/a | 97.00 ± n/a |  |  |  | 1 |"
 
 
+def test_the_pairs_of_several_methods_together(folder):
+    values = {"none": [70.0, 71.0], "both": [70.5, 73.0]}
+    others = [cell(a, i, v, method="qimera") for a in values for i, v in enumerate(values[a])]
+    grid(folder / "c.json", "--model resnet20 --baseline qimera --with-agm", others)
+    rows = tables.proof_table(tables.proof_rows(folder)).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| ResNet-20 W3A3 GDFQ", "| ResNet-20 W3A3 Qimera", "| ResNet-20 W3A3, together",
+        "| digits W2A2 AdaDFQ",
+    ]  # fmt: skip
+    differences = [1.0, 0.5, 2.0, 0.5, 2.0]  # GDFQ's three pairs, Qimera's two
+    half = stats.t.ppf(0.975, 4) * np.std(differences, ddof=1) / 5**0.5
+    interval = f"+1.20 [{1.2 - half:+.2f}, {1.2 + half:+.2f}]"
+    assert rows[2] == f"| ResNet-20 W3A3, together |  |  | +0.00 n/a |  | {interval} | 5, 1, 5 |"
+
+
 def test_equal_time_is_a_longer_baseline_against_the_same_arm(folder):
     longer = [cell("none", i, v) for i, v in enumerate([80.5, 83.0, 81.5])]
     grid(folder / "c.json", "--model resnet20 --steps 3960", longer)
