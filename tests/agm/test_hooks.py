@@ -198,7 +198,6 @@ def test_equal_networks_keep_the_weight_and_stay_finite(seed, n):
 
 @given(seeds, st.integers(0, 3), st.sampled_from([math.nan, math.inf, -math.inf]))
 def test_a_batch_that_is_not_finite_is_forgotten(seed, before, bad):
-    """Its own loss says so, and the averages stay where they were."""
     hook, spared = (AGM(interval=1, alternate=False) for _ in range(2))
     healthy, (spoilt,) = steps(seed, before + 2), steps(seed + 1, 1)
     spoilt["student"] = lambda x: x.flatten(1)[:, :3] * bad
@@ -210,6 +209,17 @@ def test_a_batch_that_is_not_finite_is_forgotten(seed, before, bad):
         want = spared.generator_loss(**step)
         if before:  # otherwise the averages started from 0
             assert same_bits(got, want)
+
+
+@given(seeds)
+def test_a_variance_that_overflows_is_forgotten(seed):
+    hook = AGM(alternate=False, discrepancy="logit_l1")
+    first, wide = steps(seed, 2)
+    hook.generator_loss(**first)
+    before = hook.running["variance"]
+    wide["student"] = lambda x: x.flatten(1)[:, :3] * 1e200
+    hook.generator_loss(**wide)
+    assert same_bits(hook.running["variance"], before)
 
 
 @given(seeds, half_dtypes)
