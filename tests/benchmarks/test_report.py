@@ -237,6 +237,31 @@ def test_mosaic_lays_the_first_images_out_in_rows():
     assert (got[:, 3] == 1).all()
 
 
+def test_mosaic_averages_large_images():
+    blocks = np.random.default_rng(0).random((4, 50, 50, 3))  # of 3 x 3 pixels, and an odd rest
+    images = np.pad(blocks.repeat(3, 1).repeat(3, 2), ((0, 0), (0, 2), (0, 1), (0, 0)))
+    got = report.mosaic(images, side=2)
+    assert got.shape == (2 * 51, 2 * 51, 3)
+    assert np.allclose(got[51:-1, :50], blocks[2])
+
+
+def test_every_panel_tells_its_arms_apart(monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, p, **_: (drawn.append(self), p.touch()))
+    cells = [cell(arm, 0, accuracy_fp=None) for arm in ("none", "both")]
+    for c in cells:
+        for row in c["history"]:
+            row.pop("accuracy", None)
+    report.picture(cells, {}, tmp_path / "report.png", title="")
+    accuracy, *others = drawn[0].axes[:3]
+    assert [t.get_text() for t in accuracy.texts] == ["n/a, no evaluation images"]
+    assert len(others) == 2
+    for axis in others:
+        assert [t.get_text() for t in axis.get_legend().get_texts()] == ["baseline", "+AGM"]
+
+
 # JSON
 
 
