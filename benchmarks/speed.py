@@ -20,22 +20,20 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agm import AGM, AgmError, frozen_parameters
-from baselines import METHODS, RECIPES, bn_stats, generators
-from baselines import trainer as loop
-from baselines.batch_norms import NormalisedConv, traced
-from baselines.bn_stats import BatchNormStatistics
+from baselines import METHODS, RECIPES
+from baselines.bn_stats import batch_norm_statistics
 from baselines.quantizers import observing
 from baselines.student import QuantizationConfig, image_channels
-from baselines.trainer import Remembered, Trainer
+from baselines.trainer import Trainer
 from benchmarks import report, teachers
 from benchmarks.errors import UsageError
+from benchmarks.plain import PlainTrainer, plain_formulas
 from benchmarks.provenance import provenance
 
 ARMS = {
@@ -44,64 +42,8 @@ ARMS = {
     "interpolation": {"loss": False},
     "both": {},
 }
-
-
 # Steps in a measured round: the add-on's two parts take turns.
 TURNS = 2
-
-
-class PlainTrainer(Trainer):
-    """Contiguous tensors."""
-
-    def _place(self, network: nn.Module) -> nn.Module:
-        return network.to(self.device, memory_format=torch.contiguous_format)
-
-
-def plain_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """What baselines.bn_stats.channel_moments equals, as the formula reads."""
-    variance, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
-    return mean, variance
-
-
-def plain_upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What baselines.generators.upsampled_convolution equals, as the formula reads."""
-    return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)
-
-
-def plain_bns(statistics: BatchNormStatistics) -> Tensor:
-    """What its ``loss`` equals, as the formula reads."""
-    trained = [moment for layer in statistics.layers for moment in layer.trained.chunk(2)]
-    pairs = zip(statistics.batch, trained, strict=True)
-    return 2 * torch.stack([F.mse_loss(batch, known) for batch, known in pairs]).mean()
-
-
-def plain_normalised_conv(joined: NormalisedConv, input: Tensor) -> Tensor:
-    """What its ``forward`` equals, as the formula reads."""
-    return joined.norm(joined.conv(input))
-
-
-def plain_forward(shared: Remembered, images: Tensor) -> Tensor:
-    """Every call a forward."""
-    return shared.network(images)
-
-
-PLAIN = (
-    (bn_stats, "channel_moments", plain_moments),
-    (BatchNormStatistics, "loss", plain_bns),
-    (generators, "upsampled_convolution", plain_upsampled_convolution),
-    (NormalisedConv, "forward", plain_normalised_conv),
-    (Remembered, "__call__", plain_forward),
-    (loop, "with_folded_norms", traced),
-)
-
-
-@contextlib.contextmanager
-def plain_formulas() -> Iterator[None]:
-    """Everything as its formula reads."""
-    with contextlib.ExitStack() as stack:
-        for owner, name, formula in PLAIN:
-            stack.enter_context(mock.patch.object(owner, name, formula))
-        yield
 
 
 def make(args: argparse.Namespace, method: str, arm: str, *, plain: bool) -> Trainer:
@@ -162,7 +104,7 @@ def parts(trainer: Trainer) -> dict[str, Callable[[], Any]]:
 
     def teacher() -> None:
         x = images.clone().requires_grad_()
-        with bn_stats.batch_norm_statistics(trainer.layers) as statistics:
+        with batch_norm_statistics(trainer.layers) as statistics:
             out = trainer._run(trainer.teacher, x)
         (out.float().sum() + statistics.loss()).backward()
 
