@@ -87,6 +87,8 @@ def _proof_line(title: str, methods: list[dict[str, list[Cell]]]) -> str:
     counts = [str(len(base))]
     for arm in report.ARMS[1:]:
         last = runs(arm, "accuracy_proof")
+        if len(methods) > 1 and len({i for i, _ in last}) < 2:
+            last = {}  # nothing to put together
         text, _, n = report.difference_text(report.paired_difference(base, last)).rpartition(", n=")
         line.append(text if last else "")
         counts += [n] if last else []
