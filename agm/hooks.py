@@ -223,7 +223,8 @@ class AGM:
             running[name] = torch.add(old, change, alpha=share)
 
     def __repr__(self) -> str:
-        name = getattr(self.discrepancy, "__name__", repr(self.discrepancy))
+        # Not the repr of a callable object, which tells its address.
+        name = getattr(self.discrepancy, "__name__", type(self.discrepancy).__name__)
         return (
             f"{type(self).__name__}(loss={self.loss}, interpolation={self.interpolation}, "
             f"discrepancy={name}, ratio={self.ratio}, decay={self.decay}, "

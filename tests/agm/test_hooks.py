@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import functools
 import inspect
 import io
 import itertools
@@ -452,6 +453,8 @@ def test_repr_tells_the_settings():
         "AGM(loss=True, interpolation=True, discrepancy=logit_l1, ratio=0.5, decay=0.95, "
         "interval=10, alternate=False)"
     )
+    hooks = [AGM(discrepancy=functools.partial(lambda k, t, s: t[:, 0] - s[:, 0], k)) for k in "ab"]
+    assert repr(hooks[0]) == repr(hooks[1])  # no address, which another process would not repeat
 
 
 def test_detached_images_are_a_named_error():
