@@ -45,8 +45,13 @@ def check_logits(teacher_logits: Tensor, student_logits: Tensor) -> None:
         )
 
 
+# Without the checks and the dtype rule, which measure() has itself.
+_FORMULAS: dict[str, Discrepancy] = {}
+
+
 def _discrepancy(formula: Discrepancy) -> Discrepancy:
     """Give ``formula`` the checks and the dtype rule that all discrepancies share."""
+    _FORMULAS[formula.__name__] = formula
 
     def checked(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
         check_logits(teacher_logits, student_logits)
@@ -106,15 +111,15 @@ DISCREPANCIES: dict[str, Discrepancy] = {
 
 
 def resolve_discrepancy(discrepancy: str | Discrepancy) -> Discrepancy:
-    """The function behind a name of :data:`DISCREPANCIES`, or a callable as it is."""
+    """For :func:`measure`: the formula behind a name of :data:`DISCREPANCIES`, or a callable."""
     if callable(discrepancy):
         return discrepancy
-    if discrepancy not in DISCREPANCIES:
+    if discrepancy not in _FORMULAS:
         raise AgmValueError(
             f"unknown discrepancy {discrepancy!r}; "
-            f"choose one of {', '.join(DISCREPANCIES)} or pass a callable"
+            f"choose one of {', '.join(_FORMULAS)} or pass a callable"
         )
-    return DISCREPANCIES[discrepancy]
+    return _FORMULAS[discrepancy]
 
 
 def measure(discrepancy: Discrepancy, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
@@ -126,12 +131,21 @@ def measure(discrepancy: Discrepancy, teacher_logits: Tensor, student_logits: Te
             f"the discrepancy must return ({teacher_logits.shape[0]},), one value a sample; "
             f"it returned {tuple(d.shape)}"
         )
-    return d
+    return at_least_float32(d)
 
 
 def _standardised(excess: Tensor, std: Tensor) -> Tensor:
     """excess / std; 40 is as good as infinity in every dtype, and 0 / 0 is 0."""
     return (excess / std).nan_to_num(0.0, posinf=40.0, neginf=-40.0)
+
+
+def margin_parts(excess: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """Phi(z) and phi(z) at z = excess / std, the derivatives of :func:`expected_margin` with
+    respect to the margin's mean and to its std.
+    """
+    z = _standardised(excess, std)
+    below = torch.special.erfc(z / -math.sqrt(2)) / 2
+    return below, torch.exp(z * z / -2) / math.sqrt(2 * math.pi)
 
 
 class _GaussianHinge(torch.autograd.Function):
@@ -153,11 +167,8 @@ class _GaussianHinge(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        z = _standardised(*ctx.saved_tensors)
-        grad_excess = grad * (torch.special.erfc(z / -math.sqrt(2)) / 2)  # Phi(z)
-        if not ctx.needs_input_grad[1]:
-            return grad_excess, None
-        return grad_excess, grad * (torch.exp(-z * z / 2) / math.sqrt(2 * math.pi))  # phi(z)
+        below, density = margin_parts(*ctx.saved_tensors)
+        return grad * below, grad * density
 
 
 def _widen(

@@ -24,7 +24,7 @@ from agm.functional import (
     Discrepancy,
     at_least_float32,
     check_logits,
-    expected_margin,
+    margin_parts,
     measure,
     resolve_discrepancy,
 )
@@ -151,8 +151,8 @@ class AGM:
             other_terms: the generator's loss without this term, a scalar depending on ``images``.
 
         Returns:
-            A scalar of the logits' dtype; 0, without a call of the student, in the interpolation's
-            turn.
+            A scalar of the logits' dtype, for first derivatives; 0, without a call of the student,
+            in the interpolation's turn.
         """
         evaluation, other_turn = divmod(self.calls, 2) if self.alternate else (self.calls, 0)
         running = dict(self.running)  # all checks come before the first change of state
@@ -166,7 +166,12 @@ class AGM:
             with torch.no_grad():
                 variance, mean = torch.var_mean(d, correction=0)
                 self._follow(running, mean=mean, variance=variance)
-            term = expected_margin(d, running["mean"], running["variance"].sqrt()).mean()
+                std = running["variance"].sqrt()
+            excess = running["mean"] - d
+            # expected_margin as excess * Phi(z) + std * phi(z), its two derivatives held: what they
+            # would add to the gradient cancels. In two thirds of the time, as speed.py has it.
+            below, density = margin_parts(excess.detach(), std)
+            term = torch.addcmul(std * density, excess, below).mean()
             if other_terms is not None and evaluation % self.interval == 0:
                 self._follow(running, weight=self._balance(term, other_terms, images))
             loss = (term * running.get("weight", 1.0)).to(teacher_logits.dtype)

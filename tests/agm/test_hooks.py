@@ -234,6 +234,18 @@ def test_half_precision_is_computed_in_float32(seed, dtype):
     assert {v.dtype for v in half.running.values()} == {torch.float32}
 
 
+@given(seeds, half_dtypes)
+def test_a_half_precision_discrepancy_is_averaged_in_float32(seed, dtype):
+    def narrow(t, s):
+        return (t - s).abs().mean(1).to(dtype)
+
+    t, s = torch.randn(2, 4, 3, generator=rng(seed))
+    call = {"images": t, "teacher_logits": t, "student": lambda _: s}
+    half, wide = AGM(discrepancy=narrow), AGM(discrepancy=lambda t, s: narrow(t, s).float())
+    assert same_bits(half.generator_loss(**call), wide.generator_loss(**call))
+    assert {v.dtype for v in half.running.values()} == {torch.float32}
+
+
 @given(seeds, st.booleans(), st.booleans())
 def test_only_the_generator_feels_its_step(seed, with_others, with_grads):
     teacher, student, generator = classifier(), classifier(1 + seed % 97), image_generator()
