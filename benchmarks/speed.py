@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -94,6 +95,7 @@ def parts(trainer: Trainer) -> dict[str, Callable[[], Any]]:
     images = trainer._run(trainer.generator, *latents).detach()
     logits = trainer._run(trainer.teacher, images).float().detach().requires_grad_()
     answers = trainer._run(trainer.student, images).float().detach().requires_grad_()
+    labels = logits.argmax(1)
     hook = AGM(interpolation=False, alternate=False)
     for optimizer in (trainer.generator_optimizer, trainer.student_optimizer):
         optimizer.param_groups[0]["lr"] = 0.0  # the pieces' gradients mean nothing
@@ -120,10 +122,13 @@ def parts(trainer: Trainer) -> dict[str, Callable[[], Any]]:
         with torch.no_grad():
             trainer._run(trainer.teacher, images)
 
-    def loss() -> None:
-        hook.generator_loss(
-            images=images, teacher_logits=logits, student=lambda _: answers
-        ).backward()
+    def cross_entropy() -> None:
+        F.cross_entropy(logits, labels).backward()
+
+    def and_loss() -> None:  # a step has one backward for both
+        other = F.cross_entropy(logits, labels)
+        ours = hook.generator_loss(images=images, teacher_logits=logits, student=lambda _: answers)
+        (other + ours).backward()
 
     def weight_quantizers() -> None:
         for module in trainer.student.modules():
@@ -142,7 +147,8 @@ def parts(trainer: Trainer) -> dict[str, Callable[[], Any]]:
         "weight quantizers, forward": weight_quantizers,
         "add-on: student, to the images": student_input_gradient,
         "add-on: teacher again": teacher_again,
-        "add-on: the loss itself": loss,
+        "cross-entropy of given logits": cross_entropy,
+        "add-on: the same and the loss": and_loss,
     }
 
 
