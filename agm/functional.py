@@ -45,13 +45,11 @@ def check_logits(teacher_logits: Tensor, student_logits: Tensor) -> None:
         )
 
 
-# Without the checks and the dtype rule, which measure() has itself.
-_FORMULAS: dict[str, Discrepancy] = {}
+DISCREPANCIES: dict[str, Discrepancy] = {}
 
 
 def _discrepancy(formula: Discrepancy) -> Discrepancy:
-    """Give ``formula`` the checks and the dtype rule that all discrepancies share."""
-    _FORMULAS[formula.__name__] = formula
+    """Give ``formula`` the checks and the dtype rule that all discrepancies share, and enter it."""
 
     def checked(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
         check_logits(teacher_logits, student_logits)
@@ -61,6 +59,7 @@ def _discrepancy(formula: Discrepancy) -> Discrepancy:
 
     checked.__name__ = checked.__qualname__ = formula.__name__
     checked.__doc__ = formula.__doc__
+    DISCREPANCIES[formula.__name__] = checked
     return checked
 
 
@@ -105,21 +104,16 @@ def total_variation(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     return difference.abs().sum(1) / 2
 
 
-DISCREPANCIES: dict[str, Discrepancy] = {
-    f.__name__: f for f in (logit_l1, logit_l2, kl_divergence, js_divergence, total_variation)
-}
-
-
 def resolve_discrepancy(discrepancy: str | Discrepancy) -> Discrepancy:
-    """For :func:`measure`: the formula behind a name of :data:`DISCREPANCIES`, or a callable."""
+    """The function behind a name of :data:`DISCREPANCIES`, or a callable as it is."""
     if callable(discrepancy):
         return discrepancy
-    if discrepancy not in _FORMULAS:
+    if discrepancy not in DISCREPANCIES:
         raise AgmValueError(
             f"unknown discrepancy {discrepancy!r}; "
-            f"choose one of {', '.join(_FORMULAS)} or pass a callable"
+            f"choose one of {', '.join(DISCREPANCIES)} or pass a callable"
         )
-    return _FORMULAS[discrepancy]
+    return DISCREPANCIES[discrepancy]
 
 
 def measure(discrepancy: Discrepancy, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ class AGM:
                 std = running["variance"].sqrt()
             excess = running["mean"] - d
             # expected_margin as excess * Phi(z) + std * phi(z), its two derivatives held: what they
-            # would add to the gradient cancels. In two thirds of the time, as speed.py has it.
+            # would add to the gradient cancels. It takes two thirds of expected_margin's time.
             below, density = margin_parts(excess.detach(), std)
             term = torch.addcmul(std * density, excess, below).mean()
             if other_terms is not None and evaluation % self.interval == 0:

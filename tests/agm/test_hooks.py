@@ -7,6 +7,7 @@ import inspect
 import io
 import itertools
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -457,6 +458,14 @@ def test_a_state_that_lacks_something_is_a_named_error_and_changes_nothing(made)
             hook.load_state_dict(damaged)
     rng_state = hook.state_dict().get("interpolation", hook.state_dict())["rng"]
     assert torch.equal(rng_state, rng(1).get_state())
+
+
+def test_a_pickled_hook_goes_on_as_the_first():
+    hook = AGM()
+    for step in steps(0, 2):
+        hook.generator_loss(**step)
+    again, (step,) = pickle.loads(pickle.dumps(hook)), steps(1, 1)
+    assert same_bits(again.generator_loss(**step), hook.generator_loss(**step))
 
 
 def test_repr_tells_the_settings():
