@@ -83,7 +83,7 @@ class LinearInterpolation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where :meth:`state_dict` was taken."""
         check_state(self, state, "rng")
-        self._rng.set_state(state["rng"])
+        self._rng.set_state(state["rng"].cpu())  # torch.load may have moved it
 
 
 def _soft_labels(labels: Tensor, n: int, num_classes: int | None) -> Tensor:

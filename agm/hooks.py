@@ -142,6 +142,9 @@ class AGM:
     ) -> Tensor:
         """The weighted Gaussian-margin term; add it to the generator's other terms.
 
+        Call it from the first step on at which the student is quantized: measured while the two
+        networks are the same to rounding, the weight is far off, and its average slow to return.
+
         Args:
             images: (N, ...), with the generator's graph behind them.
             teacher_logits: (N, C), the teacher on these images, with their graph.
@@ -167,7 +170,8 @@ class AGM:
                 variance, mean = torch.var_mean(d, correction=0)
                 self._follow(running, mean=mean, variance=variance)
                 std = running["variance"].sqrt()
-            excess = running["mean"] - d
+            # Not -inf, whose product with Phi = 0 is NaN.
+            excess = (running["mean"] - d).clamp(min=torch.finfo(d.dtype).min)
             # expected_margin as excess * Phi(z) + std * phi(z), its two derivatives held: what they
             # would add to the gradient cancels. It takes two thirds of expected_margin's time.
             below, density = margin_parts(excess.detach(), std)
@@ -215,17 +219,17 @@ class AGM:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where :meth:`state_dict` was taken."""
         check_state(self, state, "calls", "num_classes", "running", "interpolation")
+        self.mix.load_state_dict(state["interpolation"])
         self.calls, self.num_classes = state["calls"], state["num_classes"]
         self.running = {name: value.clone() for name, value in state["running"].items()}
-        self.mix.load_state_dict(state["interpolation"])
 
     def _follow(self, running: dict[str, Tensor], **now: Tensor) -> None:
-        """Move the averages; a value that is not finite leaves them where they are."""
+        """Move the averages; a value that is not finite is forgotten, also if it is the first."""
         for name, value in now.items():
-            old = running[name].to(value) if name in running else torch.zeros_like(value)
+            old = running[name].to(value) if name in running else value
             change = (value - old).nan_to_num(0.0, 0.0, 0.0)
-            share = 1 - self.decay if name in running else 1.0
-            running[name] = torch.add(old, change, alpha=share)
+            moved = torch.add(old, change, alpha=1 - self.decay)
+            running[name] = torch.where(old.isfinite(), moved, value)
 
     def __repr__(self) -> str:
         # Not the repr of a callable object, which tells its address.
@@ -243,6 +247,8 @@ class AGM:
                 at_least_float32(torch.autograd.grad(t, images, retain_graph=True)[0]).norm()
                 for t in (term, other_terms)
             )
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise AgmValueError(
                 "other_terms must be a scalar that depends on images, and images must carry a "

@@ -24,7 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agm import AGM, AgmError
-from baselines import METHODS, RECIPES, BaselineError, Interrupted, Result, checkpoint, quantize
+from baselines import METHODS, RECIPES, Interrupted, Result, checkpoint, quantize
 from baselines.checkpoint import fingerprint
 from baselines.run import make_trainer
 from benchmarks import report
@@ -262,7 +262,7 @@ class Comparison:
         with tqdm(total=self.steps[cell["method"]], desc=name, unit="step", mininterval=0.5) as bar:
             try:
                 result = self._quantize(cell, bar)
-            except (BaselineError, torch.OutOfMemoryError, MemoryError) as error:
+            except (AgmError, torch.OutOfMemoryError, MemoryError) as error:
                 if self.args.debug:
                     raise
                 why = (str(error) or "out of memory").splitlines()[0]

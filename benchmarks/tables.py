@@ -26,8 +26,8 @@ NAMES = {"gdfq": "GDFQ", "qimera": "Qimera", "adadfq": "AdaDFQ"}
 EQUAL_TIME = "resnet20-3960"
 SETTINGS = {
     "resnet20": "ResNet-20 {}",
-    EQUAL_TIME: "ResNet-20 {}, equal time",
-    "resnet20-paper-4000": "ResNet-20 {}, published recipe",
+    EQUAL_TIME: "ResNet-20, equal time, {}",
+    "resnet20-paper-4000": "ResNet-20, published recipe, {}",
     "digits-600": "digits {}",
 }
 Row = tuple[str, dict[str, list[Cell]]]

@@ -209,8 +209,22 @@ def test_a_batch_that_is_not_finite_is_forgotten(seed, before, bad):
         got = hook.generator_loss(**step)
         assert gradient(got, step["images"]).isfinite().all()
         want = spared.generator_loss(**step)
-        if before:  # otherwise the averages started from 0
+        assert all(same_bits(hook.running[k], spared.running[k]) for k in ("mean", "variance"))
+        if before:  # otherwise the weight's average started from 1
             assert same_bits(got, want)
+
+
+@given(seeds)
+def test_an_infinite_discrepancy_adds_nothing(seed):
+    first, d = torch.randn(2, 4, generator=rng(seed), dtype=torch.float64).square()
+    d[1] = math.inf
+    hook = AGM(alternate=False, discrepancy=lambda t, s: s[:, 0])
+    for batch in (first, d):
+        logits = batch[:, None]
+        got = hook.generator_loss(images=logits, teacher_logits=logits, student=lambda x: x)
+    std = first.std(correction=0).item()
+    want = values(margin, d[[0, 2, 3]], first.mean().item(), std).sum() / 4
+    assert got.item() == pytest.approx(float(want), rel=1e-11, abs=1e-12)
 
 
 @given(seeds)

@@ -67,7 +67,7 @@ def test_equal_time_is_a_longer_baseline_against_the_same_arm(folder):
     grid(folder / "c.json", "--model resnet20 --steps 3960", longer)
     rows = tables.proof_table(tables.proof_rows(folder)).splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == [
-        "| ResNet-20 W3A3 GDFQ", "| ResNet-20 W3A3 GDFQ, equal time", "| digits W2A2 AdaDFQ",
+        "| ResNet-20 W3A3 GDFQ", "| ResNet-20, equal time, W3A3 GDFQ", "| digits W2A2 AdaDFQ",
     ]  # fmt: skip
     assert "| 81.67 ± 1.26 |" in rows[1]
     assert f"| {(0.5 - 0.5 + 1.5) / 3:+.2f} [" in rows[1]
