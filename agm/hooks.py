@@ -95,7 +95,8 @@ class AGM:
         loss, interpolation: switch either part off (default: both on).
         discrepancy: a name of ``agm.functional.DISCREPANCIES`` or a callable
             (teacher_logits, student_logits) -> (N,).
-        ratio: of the gradients' norms, > 0 (default 0.1, see ``benchmarks/results/ablation.md``).
+        ratio: of the gradients' norms, > 0 (default 0.1, chosen in
+            ``benchmarks/evidence/results/ablation.md``).
         decay: of the running averages, in [0, 1) (default 0.95).
         interval: evaluations from one measurement of the weight to the next, >= 1 (default 10).
         alternate: take turns (default); False for both in every call.

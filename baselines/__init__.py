@@ -1,7 +1,7 @@
 """Generator-based data-free quantization: GDFQ, Qimera and AdaDFQ on one loop that takes hooks."""
 
-from baselines.checkpoint import load_quantized, save_quantized
 from baselines.errors import BaselineError
+from baselines.quantization.checkpoint import load_quantized, save_quantized
 from baselines.run import METHODS, RECIPES, Interrupted, Result, quantize
 
 __all__ = [

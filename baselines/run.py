@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from agm import DiversityProbe, Hook
-from baselines import adadfq, checkpoint, gdfq, qimera
 from baselines.errors import CheckpointError, ConfigError
-from baselines.quantizers import check_choice
-from baselines.recipe import Recipe
-from baselines.student import BitPolicy, QuantizationConfig, image_channels
-from baselines.trainer import Trainer
+from baselines.methods import adadfq, gdfq, qimera
+from baselines.quantization import checkpoint
+from baselines.quantization.quantizers import check_choice
+from baselines.quantization.student import BitPolicy, QuantizationConfig, image_channels
+from baselines.training.recipe import Recipe
+from baselines.training.trainer import Trainer
 
 METHODS = {"gdfq": gdfq, "qimera": qimera, "adadfq": adadfq}
 RECIPES = ("quick", "paper")
@@ -93,8 +94,8 @@ def quantize(
         image_size: s, a multiple of 4; the channels are those of the first convolution that runs.
         recipe: ``"quick"``, or ``"paper"`` for the published settings.
         steps, batch_size: in place of the recipe's; the proportions of the schedule stay.
-        scheme, edge_bits: see :class:`baselines.student.QuantizationConfig`.
-        seed, device, precision: see :class:`baselines.trainer.Trainer`.
+        scheme, edge_bits: see :class:`baselines.quantization.student.QuantizationConfig`.
+        seed, device, precision: see :class:`baselines.training.trainer.Trainer`.
         evaluate: quantized network -> accuracy; called straight after quantization, then at every
             record. Never used for training or selection: ``model`` is that of the last step.
         records: how often history is written, evenly over the run.

@@ -24,15 +24,16 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agm import AGM, AgmError
-from baselines import METHODS, RECIPES, Interrupted, Result, checkpoint, quantize
-from baselines.checkpoint import fingerprint
+from baselines import METHODS, RECIPES, Interrupted, Result, quantize
+from baselines.quantization import checkpoint
+from baselines.quantization.checkpoint import fingerprint
 from baselines.run import make_trainer
 from benchmarks import report
 from benchmarks.errors import UsageError
 from benchmarks.process import Stop, locked, replacing
 from benchmarks.provenance import provenance
 from benchmarks.report import Cell
-from benchmarks.task import Task, load_task
+from benchmarks.task.task import Task, load_task
 
 # The digits' images have 16 times fewer pixels than CIFAR's and need fewer steps.
 DIGITS_STEPS = 600

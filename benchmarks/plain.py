@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines import bn_stats, generators
-from baselines import trainer as loop
-from baselines.batch_norms import NormalisedConv, traced
-from baselines.bn_stats import BatchNormStatistics
-from baselines.trainer import Remembered, Trainer
+from baselines.quantization.batch_norms import NormalisedConv, traced
+from baselines.training import bn_stats, generators
+from baselines.training import trainer as loop
+from baselines.training.bn_stats import BatchNormStatistics
+from baselines.training.trainer import Remembered, Trainer
 
 
 class PlainTrainer(Trainer):
@@ -23,13 +23,13 @@ class PlainTrainer(Trainer):
 
 
 def plain_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """What baselines.bn_stats.channel_moments equals, as the formula reads."""
+    """What baselines.training.bn_stats.channel_moments equals, as the formula reads."""
     variance, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
     return mean, variance
 
 
 def plain_upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What baselines.generators.upsampled_convolution equals, as the formula reads."""
+    """What baselines.training.generators.upsampled_convolution equals, as the formula reads."""
     return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)
 
 

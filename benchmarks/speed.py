@@ -28,14 +28,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agm import AGM, AgmError, frozen_parameters
 from baselines import METHODS, RECIPES
-from baselines.bn_stats import batch_norm_statistics
-from baselines.quantizers import observing
-from baselines.student import QuantizationConfig, image_channels
-from baselines.trainer import Trainer
-from benchmarks import report, teachers
+from baselines.quantization.quantizers import observing
+from baselines.quantization.student import QuantizationConfig, image_channels
+from baselines.training.bn_stats import batch_norm_statistics
+from baselines.training.trainer import Trainer
+from benchmarks import report
 from benchmarks.errors import UsageError
 from benchmarks.plain import PlainTrainer, plain_formulas
 from benchmarks.provenance import provenance
+from benchmarks.task import teachers
 
 ARMS = {
     "none": {},

@@ -41,9 +41,12 @@ TESTS = {
     "agm/augment.py": ["agm/test_augment.py"],
     "agm/temporal.py": ["agm/test_temporal.py"],
     "agm/hooks.py": ["agm/test_hooks.py"],
-    "baselines/quantizers.py": ["baselines/test_quantizers.py", "baselines/test_student.py"],
-    "baselines/checkpoint.py": [
-        "baselines/test_checkpoint.py",
+    "baselines/quantization/quantizers.py": [
+        "baselines/quantization/test_quantizers.py",
+        "baselines/quantization/test_student.py",
+    ],
+    "baselines/quantization/checkpoint.py": [
+        "baselines/quantization/test_checkpoint.py",
         "baselines/test_run.py::test_saved_and_loaded_predicts_the_same",
         "baselines/test_run.py::test_a_quantized_network_of_another_version",
     ],

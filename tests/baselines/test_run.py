@@ -12,17 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from agm import AGM, AgmError
-from baselines import (
-    METHODS,
-    RECIPES,
-    Interrupted,
-    checkpoint,
-    load_quantized,
-    quantize,
-    save_quantized,
-)
+from baselines import METHODS, RECIPES, Interrupted, load_quantized, quantize, save_quantized
 from baselines.errors import CheckpointError, ConfigError, UnsupportedLayerError
-from baselines.student import build_student
+from baselines.quantization import checkpoint
+from baselines.quantization.student import build_student
 from tests.baselines import Tiny, bits, images, raw, same_state, weights
 
 STEPS = 12

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import cifar10
-from benchmarks.datasets import image_folder
+from benchmarks.task.datasets import image_folder
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
 FILENAMES = ["b.png", "a.png", "cat_s_1.png", "d.png", "e.png", "f.png"]

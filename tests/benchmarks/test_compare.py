@@ -24,13 +24,14 @@ from PIL import Image
 
 from agm import AGM, AgmError
 from baselines import METHODS, load_quantized
-from baselines import checkpoint as checkpoints
-from baselines.checkpoint import fingerprint
 from baselines.errors import NonFiniteLossError
-from baselines.trainer import resolve_precision
-from benchmarks import compare, datasets, teachers
-from benchmarks.networks import resnet20
+from baselines.quantization import checkpoint as checkpoints
+from baselines.quantization.checkpoint import fingerprint
+from baselines.training.trainer import resolve_precision
+from benchmarks import compare
 from benchmarks.process import locked
+from benchmarks.task import datasets, teachers
+from benchmarks.task.networks import resnet20
 from tests import hostile
 from tests.baselines import same_state
 
@@ -811,7 +812,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(method, number, unbrok
 # The real command, but for a step that never ends.
 ENDLESS = """
 import os, signal, sys
-from baselines.trainer import Trainer
+from baselines.training.trainer import Trainer
 from benchmarks import compare
 
 step, steps = Trainer.step, []

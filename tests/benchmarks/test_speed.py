@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from baselines.quantizers import ActivationQuantizer
+from baselines.quantization.quantizers import ActivationQuantizer
 from benchmarks import speed
 
 SMALL = ("--baseline", "gdfq", "--batch-size", "4", "--image-size", "16", "--precision", "fp32")

@@ -1,0 +1,110 @@
+"""GDFQ: Xu et al., "Generative Low-bitwidth Data Free Quantization", ECCV 2020.
+
+L_G = CE(P(x), y) + 0.1 BNS
+L_Q = CE(Q(x), y) + T^2 KL(softmax(P / T) || softmax(Q / T))
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from agm.hooks import Network
+from baselines.training.generators import LabelledGenerator
+from baselines.training.losses import distillation
+from baselines.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class GDFQ:
+    """The published losses and constants.
+
+    Args:
+        latent_dim: of z (default 100).
+        width: of the generator's first convolution (default 128).
+        bns_weight: of BNS in L_G (default 0.1).
+        ce_weight: of the student's cross-entropy (default 1).
+        temperature: T of the distillation (default 20).
+        over_classes: average the KL over the classes too, as published (default True).
+    """
+
+    latent_dim: int = 100
+    width: int = 128
+    bns_weight: float = 0.1
+    ce_weight: float = 1.0
+    temperature: float = 20.0
+    over_classes: bool = True
+
+    def make_generator(
+        self, teacher: nn.Module, num_classes: int, image_shape: tuple[int, int, int]
+    ) -> nn.Module:
+        """A generator of images of ``image_shape`` (channels, s, s), with its ``sample``."""
+        channels, size, _ = image_shape
+        return LabelledGenerator(
+            num_classes, size, channels, latent_dim=self.latent_dim, width=self.width
+        )
+
+    def generator_terms(
+        self,
+        *,
+        images: Tensor,
+        labels: Tensor,
+        teacher_logits: Tensor,
+        bns: Tensor,
+        student: Network,
+    ) -> dict[str, Tensor]:
+        """L_G, term by term."""
+        return {"ce": F.cross_entropy(teacher_logits, labels), "bns": self.bns_weight * bns}
+
+    def student_terms(
+        self, *, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """L_Q, term by term."""
+        kd = distillation(
+            student_logits, teacher_logits, self.temperature, over_classes=self.over_classes
+        )
+        if not self.ce_weight:
+            return {"kd": kd}
+        return {"kd": kd, "ce": self.ce_weight * F.cross_entropy(student_logits, labels)}
+
+
+def paper(image_size: int) -> tuple[GDFQ, Recipe]:
+    """The published settings, for CIFAR up to 64 pixels and for ImageNet above.
+
+    One exception: above 64 pixels, too, ranges are observed in the warm-up's last 4 epochs, not in
+    its first, whose images are noise.
+    """
+    small = image_size <= 64
+    recipe = Recipe(
+        steps=80_000,
+        batch_size=200 if small else 16,
+        warmup=4 / 400 if small else 50 / 400,
+        observe=4 / 400,
+        student_optimizer="sgd",
+        student_lr=1e-4 if small else 1e-6,
+        generator_lr=1e-3,
+        schedule="steps",
+        ste="identity",
+        range_estimator="max",
+        fold_batch_norm=False,
+    )
+    return GDFQ(), recipe
+
+
+def quick(image_size: int) -> tuple[GDFQ, Recipe]:
+    """What two CPU cores can wait for; chosen in ``benchmarks/evidence/results/ablation.md``."""
+    recipe = Recipe(
+        steps=3_600,
+        batch_size=64,
+        warmup=0.25,
+        observe=0.01,
+        student_optimizer="adam",
+        student_lr=3e-4,
+        generator_lr=1e-3,
+        schedule="cosine",
+        ste="clipped",
+        range_estimator="mse",
+        fold_batch_norm=True,
+    )
+    method = GDFQ(width=64, bns_weight=50.0, ce_weight=0.0, temperature=4.0, over_classes=False)
+    return method, recipe

@@ -1,0 +1,187 @@
+"""Files that survive: written aside, synced, renamed; verified before anything is parsed.
+
+A file is MAGIC, the SHA-256 of the rest, and the rest: a ``torch.save`` archive, read back with
+``weights_only=True`` and nothing else.
+"""
+
+import contextlib
+import copy
+import glob
+import hashlib
+import io
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from baselines.errors import CheckpointError
+from baselines.quantization.student import QuantizationConfig, build_student
+
+MAGIC = b"agm checkpoint 1\n"
+DIGEST_SIZE = hashlib.sha256().digest_size
+
+
+def save(path: str | Path, state: dict[str, Any], *, keep_previous: bool = False) -> None:
+    """Write ``state`` to ``path``; a crash at any moment leaves the old file or the new one.
+
+    Args:
+        keep_previous: keep the file that was there as ``<path>.previous``.
+
+    Raises:
+        CheckpointError: the disk is full or the folder not writable; says where the old file is.
+    """
+    path = Path(path)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getbuffer()
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    outcome = "the file that was there is intact" if path.exists() else "there was none before"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(MAGIC)
+            file.write(hashlib.sha256(payload).digest())
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_previous and path.exists():
+            os.replace(path, previous(path))
+            outcome += f", as {previous(path)}"
+        os.replace(temporary, path)
+        outcome = "the new file is in place, but could be lost in a power failure"
+        _sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise CheckpointError(
+            f"could not write {path}: {error.strerror or error}; {outcome}. "
+            "Free some space, or choose another folder that is there"
+        ) from error
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read what :func:`save` wrote.
+
+    Raises:
+        CheckpointError: missing, damaged, or not one of these files.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    start = len(MAGIC) + DIGEST_SIZE
+    if not data.startswith(MAGIC):
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this program, or its first bytes are damaged"
+        )
+    payload = memoryview(data)[start:]
+    if hashlib.sha256(payload).digest() != data[len(MAGIC) : start]:
+        raise CheckpointError(
+            f"{path} is damaged: its checksum does not match; use another copy or start anew"
+        )
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever rubbish may cause
+        raise CheckpointError(
+            f"{path} holds more than plain tensors, which might run code, and is refused; use a "
+            "file that this program wrote"
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a dict")
+    return state
+
+
+def load_newest(path: str | Path) -> dict[str, Any] | None:
+    """The newest intact one of ``path`` and ``<path>.previous``; None if neither exists.
+
+    A damaged newest file is named in a warning and replaced by the one before, so that the next
+    save keeps that one; a temporary file of a killed run is removed.
+    """
+    path = Path(path)
+    for stale in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        stale.unlink(missing_ok=True)
+    candidates = [p for p in (path, previous(path)) if p.exists()]
+    for i, candidate in enumerate(candidates):
+        try:
+            state = load(candidate)
+        except CheckpointError as error:
+            if i == len(candidates) - 1:
+                raise
+            warnings.warn(f"{error}; going on from {candidates[i + 1]}", stacklevel=2)
+            continue
+        if candidate != path:
+            os.replace(candidate, path)
+        return state
+    return None
+
+
+def previous(path: Path) -> Path:
+    """Where :func:`save` keeps the file before the newest."""
+    return path.with_name(path.name + ".previous")
+
+
+def save_quantized(model: nn.Module, config: QuantizationConfig, path: str | Path) -> None:
+    """Write a quantized network: its configuration and its state."""
+    save(path, {"config": vars(config), "model": model.state_dict()})
+
+
+def load_quantized(path: str | Path, architecture: nn.Module) -> nn.Module:
+    """Read a quantized network back, in eval mode, float32, with the same logits.
+
+    Args:
+        architecture: the full-precision network it was made from; its weights do not matter.
+
+    Raises:
+        CheckpointError: as :func:`load`, or the file is of another network.
+    """
+    state = load(path)
+    if set(state) != {"config", "model"}:
+        raise CheckpointError(f"{path} is not a quantized network; it holds {sorted(state)}")
+    architecture = copy.deepcopy(architecture).float()
+    try:
+        config = QuantizationConfig(**state["config"])
+    except TypeError as error:
+        raise CheckpointError(
+            f"{path} was written by another version of this program ({error}); use that one"
+        ) from error
+    model, _ = build_student(architecture, config)
+    load_matching(model, state["model"], str(path))
+    # As it was trained: another memory format would round differently.
+    return model.to(memory_format=torch.channels_last)
+
+
+def load_matching(model: nn.Module, state: dict[str, Any], source: str) -> None:
+    """``load_state_dict``, with a named error and an untouched model where the two differ."""
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    reshaped = [
+        f"{k}: {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in own.keys() & state.keys()
+        if own[k].shape != state[k].shape
+    ]
+    if missing or unexpected or reshaped:
+        raise CheckpointError(
+            f"{source} is of another network: missing {missing[:3]}, unexpected {unexpected[:3]}, "
+            f"other shapes {sorted(reshaped)[:3]}; give the architecture that it was made from"
+        )
+    model.load_state_dict(state)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """16 hex digits of a SHA-256 over the names, dtypes, shapes and bytes of the state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,92 @@
+"""How long and with which optimizers a run trains; the methods hold the losses."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from baselines.errors import ConfigError
+from baselines.quantization.quantizers import check_choice
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Lengths, rates and the student's quantizers' habits.
+
+    Args:
+        steps: generator steps in all.
+        batch_size: images a step.
+        warmup: share of the steps, in [0, 1), in which the generator trains alone.
+        observe: share of the steps, the last of the warm-up, in which ranges are observed.
+        student_optimizer: ``"sgd"`` (Nesterov, momentum 0.9, weight decay 1e-4) or ``"adam"``.
+        student_lr, generator_lr: peak rates (the generator's optimizer is Adam, betas 0.5/0.999).
+        schedule: ``"steps"``, x0.1 at each of ``milestones``; ``"cosine"`` to 0; ``"constant"``.
+        milestones: shares of the steps (default: each quarter, as published for CIFAR).
+        ste, range_estimator, fold_batch_norm: see
+            :class:`baselines.quantization.student.QuantizationConfig`.
+    """
+
+    steps: int
+    batch_size: int
+    warmup: float
+    observe: float
+    student_optimizer: str
+    student_lr: float
+    generator_lr: float
+    schedule: str
+    ste: str
+    range_estimator: str
+    fold_batch_norm: bool
+    milestones: tuple[float, ...] = (0.25, 0.5, 0.75)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number >= 1, got {value!r}")
+        if not 0 < self.observe <= self.warmup < 1:
+            raise ConfigError(
+                "need 0 < observe <= warmup < 1, shares of the steps, "
+                f"got observe={self.observe!r}, warmup={self.warmup!r}"
+            )
+        for name in ("student_lr", "generator_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)!r}")
+        check_choice("schedule", self.schedule, ("steps", "cosine", "constant"))
+        check_choice("student_optimizer", self.student_optimizer, ("sgd", "adam"))
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of the generator alone, at least 1, so that ranges have been observed."""
+        return max(1, round(self.steps * self.warmup))
+
+    @property
+    def observe_steps(self) -> int:
+        """How many of them observe ranges."""
+        return min(self.warmup_steps, max(1, round(self.steps * self.observe)))
+
+    def factor(self, step: int) -> float:
+        """What both learning rates are multiplied with at a step, counted from 0."""
+        if self.schedule == "steps":
+            return 0.1 ** sum(step >= share * self.steps for share in self.milestones)
+        if self.schedule == "constant" or step < self.warmup_steps:
+            return 1.0
+        trained = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return (1 + math.cos(math.pi * trained)) / 2
+
+    def optimizers(
+        self, generator: nn.Module, student: nn.Module
+    ) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+        """The generator's and the student's; updates fused into one kernel each."""
+        for_generator = torch.optim.Adam(
+            generator.parameters(), lr=self.generator_lr, betas=(0.5, 0.999), fused=True
+        )
+        if self.student_optimizer == "adam":
+            return for_generator, torch.optim.Adam(
+                student.parameters(), lr=self.student_lr, fused=True
+            )
+        return for_generator, torch.optim.SGD(
+            student.parameters(), lr=self.student_lr, momentum=0.9, nesterov=True,
+            weight_decay=1e-4, fused=True,
+        )  # fmt: skip

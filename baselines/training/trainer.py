@@ -1,0 +1,334 @@
+"""One loop for every method.
+
+    for step in range(recipe.steps):
+        latents, labels = generator.sample()
+        images = generator(latents)
+        p = teacher(images)                                    # BNS is collected on the way
+        terms = method.generator_terms(images, labels, p, bns, student)
+        terms += hook.generator_loss(images, p, student)       # hook point 1, after the warm-up
+        generator learns from the sum of the terms
+        images = images.detach()
+        if warming up:
+            student observes its activation ranges             # the last part of the warm-up
+        else:
+            images, labels = hook.student_batch(images, labels)            # hook point 2
+            p = teacher(images) if a hook changed them else p.detach()
+            student learns from method.student_terms(student(images), p, labels)
+
+Teacher and student stay in eval mode, the generator in train mode. A student that was asked about
+the images in the generator's turn is not run on them again in its own.
+"""
+
+import copy
+import platform
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from agm import Hook
+from agm.hooks import Network
+from baselines.errors import CheckpointError, ConfigError, NonFiniteLossError
+from baselines.quantization.batch_norms import with_folded_norms
+from baselines.quantization.quantizers import observing
+from baselines.quantization.student import QuantizationConfig, build_student, check_logits_shape
+from baselines.training.bn_stats import batch_norm_statistics, normalising_layers
+from baselines.training.recipe import Recipe
+
+
+class Method(Protocol):
+    """What a method's file provides; see :mod:`baselines.methods.gdfq` for the shapes."""
+
+    def make_generator(
+        self, teacher: nn.Module, num_classes: int, image_shape: tuple[int, int, int]
+    ) -> nn.Module: ...
+    def generator_terms(
+        self,
+        *,
+        images: Tensor,
+        labels: Tensor,
+        teacher_logits: Tensor,
+        bns: Tensor,
+        student: Network,
+    ) -> dict[str, Tensor]: ...
+    def student_terms(
+        self, *, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]: ...
+
+
+class Trainer:
+    """A run of a method, step by step.
+
+    Args:
+        teacher: a trained classifier, images -> logits (N, C), with BatchNorm; it is copied, in
+            float32, and left as it is.
+        method, recipe: what to learn from and how.
+        config: bits and quantizers.
+        image_shape: (channels, s, s).
+        hooks: the add-ons, called in this order.
+        seed: of the generator's initial weights and of all draws.
+        device: where to train.
+        precision: ``"fp32"`` or ``"bf16"`` (autocast), or ``"auto"``: bf16 where the device
+            computes in it, else fp32.
+
+    Attributes:
+        student, policy: the quantized network and what was quantized how.
+        step_count: steps done.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        *,
+        method: Method,
+        recipe: Recipe,
+        config: QuantizationConfig,
+        image_shape: tuple[int, int, int],
+        hooks: Sequence[Hook] = (),
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        precision: str = "auto",
+    ) -> None:
+        self.method, self.recipe, self.config = method, recipe, config
+        self.hooks, self.seed = list(hooks), seed
+        self.device = resolve_device(device)
+        self.precision = resolve_precision(precision, self.device)
+        teacher = copy.deepcopy(teacher).float()
+        student, self.policy = build_student(teacher, config)
+        self.student = self._place(student.requires_grad_(True))
+        self.teacher = self._place(with_folded_norms(teacher).requires_grad_(False))
+        self.layers = normalising_layers(self.teacher)
+        self.num_classes = self._count_classes(image_shape)
+        # Seeds the CPU's generator alone: torch.manual_seed would reach every GPU's.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            generator = method.make_generator(self.teacher, self.num_classes, image_shape)
+        self.generator = self._place(generator.train())
+        self.generator_optimizer, self.student_optimizer = recipe.optimizers(
+            self.generator, self.student
+        )
+        self.rng = torch.Generator(self.device).manual_seed(seed)
+        self.step_count = 0
+        # While it is 1 the fused optimizers skip their updates, on the device.
+        self.found_inf = torch.zeros((), device=self.device)
+        self.generator_optimizer.found_inf = self.student_optimizer.found_inf = self.found_inf
+        # To ask is to wait for the device, which costs nothing on the CPU alone.
+        self.ask_every = 1 if self.device.type == "cpu" else 50
+        self._unasked: list[tuple[int, list[str], Tensor]] = []
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the next step trains the generator alone."""
+        return self.step_count < self.recipe.warmup_steps
+
+    @torch.enable_grad()
+    def step(self) -> dict[str, Tensor]:
+        """One turn of the loop; returns its loss terms, detached, keys ``G/...`` and ``Q/...``.
+
+        Raises:
+            NonFiniteLossError: naming the term and its step; all weights are those before that
+                step. On other devices than the CPU it may come some steps late.
+        """
+        factor = self.recipe.factor(self.step_count)
+        self.generator_optimizer.param_groups[0]["lr"] = self.recipe.generator_lr * factor
+        self.student_optimizer.param_groups[0]["lr"] = self.recipe.student_lr * factor
+        latents, labels = self.generator.sample(self.recipe.batch_size, self.rng)
+        with parametrize.cached():  # the student's weights are quantized once a step
+            generated = self._run(self.generator, *latents)
+            images = generated.detach().requires_grad_()
+            student = Remembered(lambda x: self._run(self.student, x).float())
+            teacher_logits, generator_terms = self._generator_terms(images, labels, student)
+            # To the images first, then into the generator: its graph is gone before the student's
+            # turn, and the student's parameters get no gradient from the generator's loss.
+            (gradient,) = torch.autograd.grad(
+                total(generator_terms), images, retain_graph=student.output is not None
+            )
+            self.generator_optimizer.zero_grad(set_to_none=True)
+            generated.backward(gradient)
+            del generated
+            student_terms = {}
+            if not self.warming_up:
+                student_terms = self._student_terms(
+                    images, labels, teacher_logits.detach(), student
+                )
+        named = {f"G/{name}": term for name, term in generator_terms.items()}
+        named |= {f"Q/{name}": term for name, term in student_terms.items()}
+        self._watch(named)
+        self.generator_optimizer.step()
+        if student_terms:
+            self.student_optimizer.zero_grad(set_to_none=True)
+            total(student_terms).backward(inputs=list(self.student.parameters()))
+            self.student_optimizer.step()
+        elif self.step_count >= self.recipe.warmup_steps - self.recipe.observe_steps:
+            with observing(self.student), torch.no_grad():
+                self._run(self.student, images)
+        self.step_count += 1
+        return {name: term.detach() for name, term in named.items()}
+
+    def _generator_terms(
+        self, images: Tensor, labels: Tensor, student: "Remembered"
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The teacher's logits, and the generator's loss."""
+        with batch_norm_statistics(self.layers) as statistics:
+            teacher_logits = self._run(self.teacher, images).float()
+        terms = self.method.generator_terms(
+            images=images,
+            labels=labels,
+            teacher_logits=teacher_logits,
+            bns=statistics.loss(),
+            student=student,
+        )
+        for i, hook in enumerate(() if self.warming_up else self.hooks):
+            name = type(hook).__name__
+            term = hook.generator_loss(
+                images=images,
+                teacher_logits=teacher_logits,
+                student=student,
+                other_terms=total(terms),
+            )
+            term = torch.as_tensor(term, device=self.device)  # a hook may return a plain 0
+            terms[f"{name}{i}" if name in terms else name] = term
+        return teacher_logits, terms
+
+    def _student_terms(
+        self, images: Tensor, labels: Tensor, teacher_logits: Tensor, student: "Remembered"
+    ) -> dict[str, Tensor]:
+        """The student's loss, on what the hooks make of the images."""
+        generated = images.detach()
+        batch, version = generated, generated._version
+        for hook in self.hooks:
+            batch, labels = hook.student_batch(images=batch, labels=labels)
+        if batch is generated and generated._version == version:
+            batch = images  # which the student may have seen already
+        else:
+            with torch.no_grad():
+                teacher_logits = self._run(self.teacher, batch).float()
+        return self.method.student_terms(
+            student_logits=student(batch), teacher_logits=teacher_logits, labels=labels
+        )
+
+    def _watch(self, terms: dict[str, Tensor]) -> None:
+        """Stop all updates from the first loss on that is not finite; tell of it when asked."""
+        values = torch.stack([term.detach().float() for term in terms.values()])
+        self.found_inf.copy_(self.found_inf.maximum(values.isfinite().logical_not().any()))
+        self._unasked.append((self.step_count, list(terms), values))
+        last = self.step_count + 1 == self.recipe.steps
+        if last or len(self._unasked) >= self.ask_every:
+            self.refuse_non_finite()
+
+    def refuse_non_finite(self) -> None:
+        """Raise :class:`NonFiniteLossError` if a loss since the last call was not finite."""
+        unasked, self._unasked = self._unasked, []
+        if not self.found_inf.item():
+            return
+        self.found_inf.zero_()
+        self.step_count, names, values = next(u for u in unasked if not u[2].isfinite().all())
+        raise NonFiniteLossError(
+            f"step {self.step_count}, seed {self.seed}: a loss is not finite: "
+            f"{dict(zip(names, values.tolist(), strict=True))}; the weights are those before this "
+            "step. Lower the learning rate, or check that the teacher gives finite logits"
+        )
+
+    @torch.no_grad()
+    def _count_classes(self, image_shape: tuple[int, int, int]) -> int:
+        try:
+            logits = self.teacher(torch.zeros(2, *image_shape, device=self.device))
+        except Exception as error:  # the user's network may raise anything
+            size = "x".join(map(str, image_shape))
+            raise ConfigError(
+                f"the teacher does not take {size} images ({error}); set image_size"
+            ) from error
+        return check_logits_shape(logits)
+
+    def _run(self, network: nn.Module, *inputs: Tensor) -> Tensor:
+        with torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
+        ):
+            return network(*inputs)
+
+    def _place(self, network: nn.Module) -> nn.Module:
+        return network.to(self.device, torch.float32, memory_format=torch.channels_last)
+
+    def sample_images(self, n: int, seed: int = 0) -> Tensor:
+        """n images of the present generator, (n, C, s, s) float32; the run is left untouched."""
+        rng = torch.Generator(self.device).manual_seed(seed)
+        latents, _ = self.generator.sample(n, rng)
+        generator = copy.deepcopy(self.generator)
+        with torch.no_grad():
+            return self._run(generator, *latents).float()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run needs to go on bit by bit."""
+        self.refuse_non_finite()
+        return {
+            "step": self.step_count,
+            "generator": self.generator.state_dict(),
+            "student": self.student.state_dict(),
+            "generator_optimizer": self.generator_optimizer.state_dict(),
+            "student_optimizer": self.student_optimizer.state_dict(),
+            "rng": self.rng.get_state(),
+            "hooks": [hook.state_dict() for hook in self.hooks],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken, with the same arguments to the constructor."""
+        if len(state["hooks"]) != len(self.hooks):
+            raise CheckpointError(
+                f"the checkpoint has {len(state['hooks'])} hooks, this run {len(self.hooks)}"
+            )
+        for name in ("generator", "student", "generator_optimizer", "student_optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.rng.set_state(state["rng"])
+        for hook, hook_state in zip(self.hooks, state["hooks"], strict=True):
+            hook.load_state_dict(hook_state)
+        self.step_count = state["step"]
+
+
+def total(terms: dict[str, Tensor]) -> Tensor:
+    """The sum of the terms."""
+    values: Iterable[Tensor] = terms.values()
+    first, *rest = values
+    for value in rest:
+        first = first + value
+    return first
+
+
+class Remembered:
+    """``network``, run once for the same tensor: method, hooks and student share a forward."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.images: Tensor | None = None
+        self.output: Tensor | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.output is None or self.images is not images:
+            self.images, self.output = images, self.network(images)
+        return self.output
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device, once it has been seen to work."""
+    try:
+        torch.zeros((), device=device).item()
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device {str(device)!r} cannot be used: {error}") from error
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """``"auto"`` becomes ``"bf16"`` where the device has fast bf16 arithmetic, else ``"fp32"``."""
+    if precision not in ("auto", "fp32", "bf16"):
+        raise ConfigError(f"unknown precision {precision!r}; choose one of auto, fp32, bf16")
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if platform.machine() in ("x86_64", "AMD64"):
+        # oneDNN takes bf16 on all of AVX-512, and without its instructions at half fp32's speed.
+        fast = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    else:
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if fast else "fp32"

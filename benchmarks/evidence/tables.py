@@ -1,0 +1,190 @@
+"""README's tables and picture, rebuilt from benchmarks/evidence/results alone.
+
+    python benchmarks/evidence/tables.py
+
+Writes between the markers ``<!-- NAME -->`` and ``<!-- end -->`` of README.md, and
+benchmarks/evidence/results/proof.png.
+"""
+
+import argparse
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks import report
+from benchmarks.evidence.proof import setting
+from benchmarks.report import Cell
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).parent / "results"
+NAMES = {"gdfq": "GDFQ", "qimera": "Qimera", "adadfq": "AdaDFQ"}
+EQUAL_TIME = "resnet20-3960"
+SETTINGS = {
+    "resnet20": "ResNet-20 {}",
+    EQUAL_TIME: "ResNet-20, equal time, {}",
+    "resnet20-paper-4000": "ResNet-20, published recipe, {}",
+    "digits-600": "digits {}",
+}
+Row = tuple[str, dict[str, list[Cell]]]
+
+
+def proof_rows(folder: Path) -> list[Row]:
+    """("ResNet-20 W3A3 GDFQ", cells by arm) of every setting, bit width and method, in order.
+
+    "Equal time" sets a baseline of more steps against the add-on's runs of the usual length.
+    """
+    cells: dict[str, list[Cell]] = {name: [] for name in SETTINGS}
+    for path in sorted(folder.glob("*.json")):
+        file = json.loads(path.read_text())
+        cells[setting(file["arguments"])] += file["cells"]
+    usual = report.groups(cells["resnet20"])
+    rows = []
+    for name, title in SETTINGS.items():
+        for key, arms in sorted(report.groups(cells[name]).items(), key=_order):
+            method, weight_bits, act_bits = key
+            if name == EQUAL_TIME:
+                arms |= {"both": usual.get(key, {}).get("both", [])}
+            rows.append((title.format(f"W{weight_bits}A{act_bits} {NAMES[method]}"), arms))
+    return rows
+
+
+def _order(item: tuple[tuple[str, int, int], Any]) -> tuple[int, int, int]:
+    method, *bits = item[0]
+    return (*bits, list(NAMES).index(method))
+
+
+def proof_table(rows: list[Row]) -> str:
+    """Accuracy of the baseline and each arm's paired difference to it, as Markdown.
+
+    Below several methods of one setting, all their pairs together. n: seeds of the baseline, then
+    pairs of each arm.
+    """
+    lines = [
+        "| | baseline, all images % | proof half % | + loss | + interpolation | **+ both** | n |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for setting_title, group in itertools.groupby(rows, lambda row: row[0].rpartition(" ")[0]):
+        members = list(group)
+        lines += [_proof_line(title, [arms]) for title, arms in members]
+        if len(members) > 1:
+            lines.append(_proof_line(f"{setting_title}, together", [arms for _, arms in members]))
+    return "\n".join(lines)
+
+
+def _proof_line(title: str, methods: list[dict[str, list[Cell]]]) -> str:
+    def runs(arm: str, key: str) -> dict[tuple[int, int], float]:
+        found = [report.by_seed(arms.get(arm, []), key) for arms in methods]
+        return {(i, seed): v for i, by_seed in enumerate(found) for seed, v in by_seed.items()}
+
+    base, everywhere = runs("none", "accuracy_proof"), runs("none", "accuracy_last")
+    means = [report.mean_std(list(v.values())) for v in (everywhere, base)]
+    line = [title, *(means if len(methods) == 1 else ["", ""])]
+    counts = [str(len(base))]
+    for arm in report.ARMS[1:]:
+        last = runs(arm, "accuracy_proof")
+        if len(methods) > 1 and len({i for i, _ in last}) < 2:
+            last = {}  # nothing to put together
+        text, _, n = report.difference_text(report.paired_difference(base, last)).rpartition(", n=")
+        line.append(text if last else "")
+        counts += [n] if last else []
+    return "| " + " | ".join([*line, ", ".join(counts)]) + " |"
+
+
+def speed_table(paths: list[Path]) -> str:
+    """Milliseconds a step, the speedup over plain and what the add-on costs, as Markdown."""
+    lines = [
+        "| | plain | bf16 | + loss | + interpolation | + both | peak MiB, plain / bf16 / both |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for path in paths:
+        for method, content in json.loads(path.read_text())["methods"].items():
+            figures = content["figures"]
+            times = {
+                k: f"{1e3 * v['seconds']:.0f} ± {1e3 * v['spread']:.0f}" for k, v in figures.items()
+            }
+            cost = {k: f"{100 * figures[k]['over_baseline']:+.0f} %" for k in report.ARMS[1:]}
+            peaks = " / ".join(f"{figures[k]['peak_mib']:.0f}" for k in ("plain", "none", "both"))
+            lines.append(
+                f"| {NAMES[method]}, {content['batch_size']} | {times['plain']} "
+                f"| {times['none']} ({figures['none']['speedup_over_plain']:.2f}x) "
+                f"| {cost['loss']} | {cost['interpolation']} | {cost['both']} | {peaks} |"
+            )
+    return "\n".join(lines)
+
+
+def picture(rows: list[Row], path: Path) -> None:
+    """Every paired difference with its interval, and the curves of the first row's arms.
+
+    Rows with fewer than two pairs, which have no interval, are left out of the first panel.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    labels = []
+    for title, arms in rows:
+        base = report.by_seed(arms["none"], "accuracy_proof")
+        both = report.by_seed(arms.get("both", []), "accuracy_proof")
+        difference = report.paired_difference(base, both)
+        if difference["n"] < 2:
+            continue
+        place = len(labels)
+        axes[0].plot(difference["mean"], place, "o", color="C1")
+        axes[0].plot([difference["low"], difference["high"]], [place, place], color="C1")
+        labels.append(f"{title} (n={difference['n']})")
+    axes[0].axvline(0, color="grey", lw=1)
+    axes[0].set_yticks(range(len(labels)), labels, fontsize=8)
+    axes[0].set_ylim(len(labels) - 0.5, -0.5)
+    axes[0].set(
+        xlabel="accuracy with AGM - without (points)\nmean and 95 % interval over paired seeds"
+    )
+    title, arms = rows[0]
+    panels = {
+        "accuracy": "accuracy on all evaluation images (%)",
+        "batch_similarity": "cosine similarity of features\nbetween images of a batch",
+    }
+    for axis, (key, label) in zip(axes[1:], panels.items(), strict=True):
+        report.plot_curves(axis, {a: arms[a] for a in ("none", "both") if a in arms}, key, label)
+        axis.set_title(f"{title}, mean and range over seeds", fontsize=9)
+        axis.set_xlim(left=0)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def fill(text: str, tables: dict[str, str]) -> str:
+    """``text`` with each table between its markers; a marker that is not there is an error."""
+    for name, table in tables.items():
+        pattern = rf"(<!-- {name} -->).*?(<!-- end -->)"
+        between = f"\n\n{table}\n\n"
+        text, count = re.subn(pattern, lambda m, b=between: m[1] + b + m[2], text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"README.md must have the markers of {name!r} once, found {count}")
+    return text
+
+
+def tables() -> dict[str, str]:
+    """Every table of README by the name of its marker."""
+    return {
+        "proof": proof_table(proof_rows(RESULTS / "proof")),
+        "speed": speed_table([RESULTS / "speed-batch200.json", RESULTS / "speed-batch16.json"]),
+    }
+
+
+def main() -> None:
+    description = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=description).parse_args()
+    readme = ROOT / "README.md"
+    readme.write_text(fill(readme.read_text(), tables()))
+    picture(proof_rows(RESULTS / "proof"), RESULTS / "proof.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Full-precision networks to quantize: two of our own, torchvision's, or the user's."""
+
+import contextlib
+import difflib
+import hashlib
+import importlib
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from baselines.errors import CheckpointError
+from baselines.quantization import checkpoint
+from baselines.quantization.checkpoint import load_matching
+from benchmarks.errors import TeacherError
+from benchmarks.task import datasets
+from benchmarks.task.networks import ResNet, resnet20
+from benchmarks.task.weights import load_weights
+
+DIGITS_RECIPE: dict[str, Any] = {
+    "version": 1,  # to be raised when the code of the training changes, not just these constants
+    "widths": (8, 16, 32),
+    "epochs": 30,
+    "batch_size": 64,
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "normalisation": (datasets.DIGITS_MEAN, datasets.DIGITS_STD),
+    "split": (datasets.DIGITS_TEST_FRACTION, datasets.DIGITS_SPLIT_SEED),
+}
+DEFAULT_CACHE = Path(".agm-cache")
+
+_CHOICES = "'digits', 'resnet20', 'torchvision:NAME' or 'package.module:factory'"
+
+
+def digits_cnn() -> ResNet:
+    """ResNet-8 for the (N, 1, 8, 8) images of :func:`datasets.digits`, with random weights."""
+    return ResNet(in_channels=1, widths=DIGITS_RECIPE["widths"], blocks=1, num_classes=10)
+
+
+def train_digits_teacher(seed: int = 0) -> ResNet:
+    """Train :func:`digits_cnn` on the training half of the digits, in seconds on a CPU.
+
+    Deterministic for one seed, machine and number of threads; leaves the global RNG as it was.
+
+    Returns:
+        The network in eval mode, on the CPU.
+    """
+    recipe = DIGITS_RECIPE
+    images, labels, _, _ = datasets.digits()
+    # Seeds the CPU's generator alone: torch.manual_seed would reach every GPU's.
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.default_generator.manual_seed(seed)
+        model = digits_cnn()
+        steps = len(images) // recipe["batch_size"]  # drops the odd rest, for BatchNorm's sake
+        optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=recipe["lr"],
+            momentum=recipe["momentum"],
+            weight_decay=recipe["weight_decay"],
+            nesterov=True,
+        )
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe["epochs"] * steps)
+        for _ in range(recipe["epochs"]):
+            for batch in torch.randperm(len(images)).split(recipe["batch_size"])[:steps]:
+                loss = F.cross_entropy(model(images[batch]), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    return model.eval()
+
+
+def digits_teacher(cache_dir: str | os.PathLike[str] = DEFAULT_CACHE, *, seed: int = 0) -> ResNet:
+    """:func:`train_digits_teacher`, from ``cache_dir`` if it was trained before.
+
+    Another recipe or seed is another file. A damaged file is replaced, with a warning.
+
+    Returns:
+        The network in eval mode, on the CPU.
+
+    Raises:
+        TeacherError: ``cache_dir`` cannot be written.
+    """
+    key = hashlib.sha256(repr((sorted(DIGITS_RECIPE.items()), seed)).encode()).hexdigest()[:16]
+    path = Path(cache_dir, f"digits-{key}.ckpt")
+    if path.exists():
+        try:
+            with torch.random.fork_rng(devices=[]):
+                model = digits_cnn()
+            load_matching(model, checkpoint.load(path), os.fspath(path))
+            return model.eval()
+        except CheckpointError as error:
+            warnings.warn(f"training the digits teacher again: {error}", stacklevel=2)
+    model = train_digits_teacher(seed)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(path, model.state_dict())
+    except (OSError, CheckpointError) as error:
+        raise TeacherError(
+            f"cannot write the digits teacher to {os.fspath(path)!r}: {error}; "
+            "pass a writable directory as cache_dir"
+        ) from error
+    return model
+
+
+def build(
+    model: str,
+    *,
+    num_classes: int = 10,
+    weights: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] = DEFAULT_CACHE,
+) -> nn.Module:
+    """A teacher by name.
+
+    Args:
+        model: ``"digits"``, ``"resnet20"``, ``"torchvision:NAME"`` (a classifier) or
+            ``"package.module:factory"``, a callable that returns an nn.Module. The current
+            directory is importable; ``num_classes`` is passed to a factory that takes it.
+        num_classes: C, >= 1 (default 10).
+        weights: a file for :func:`load_weights`. None: random weights from the global RNG or
+            whatever the factory loads, but a trained ``"digits"``.
+        cache_dir: for :func:`digits_teacher`.
+
+    Returns:
+        The network in eval mode and float32.
+
+    Raises:
+        TeacherError: an unknown name, a factory that cannot be imported or fails or returns
+            something else, a network without BatchNorm statistics, or weights that do not fit.
+    """
+    if num_classes < 1:
+        raise TeacherError(f"num_classes must be >= 1, got {num_classes}")
+    kind, colon, name = model.partition(":")
+    if model == "digits":
+        if num_classes != 10:
+            raise TeacherError(f"the model 'digits' has 10 classes, got num_classes={num_classes}")
+        network: nn.Module = digits_cnn() if weights is not None else digits_teacher(cache_dir)
+    elif model == "resnet20":
+        network = resnet20(num_classes)
+    elif kind == "torchvision" and colon:
+        network = _torchvision(name, num_classes)
+    elif kind and name:
+        network = _imported(kind, name, num_classes)
+    else:
+        raise TeacherError(f"unknown model {model!r}; expected {_CHOICES}")
+    if not any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+        for m in network.modules()
+    ):
+        raise TeacherError(
+            f"the model {model!r} has no BatchNorm with running statistics, which data-free "
+            "quantization draws its images from; choose a network that has (such as a ResNet)"
+        )
+    if weights is not None:
+        load_weights(network, weights)
+    return network.eval().float()
+
+
+def accuracy(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    batch_size: int = 250,
+    device: torch.device | str | None = None,
+) -> float:
+    """Percentage of images whose largest logit is the label's, in [0, 100].
+
+    The model runs in eval mode without gradients; each submodule's mode is then restored.
+
+    Args:
+        model: images -> logits (n, C).
+        images: (N, ...), N >= 1.
+        labels: (N,) integers in [0, C).
+        batch_size: images per forward, >= 1.
+        device: where the model is, to which the batches are moved (default: its first parameter's).
+
+    Raises:
+        TeacherError: no images, another number of labels, a wrong ``batch_size``, logits of another
+            shape or with fewer classes than the labels.
+    """
+    if not len(images) or labels.shape != (len(images),):
+        raise TeacherError(
+            "expected images (N, ...), N >= 1, and labels (N,), "
+            f"got {tuple(images.shape)} and {tuple(labels.shape)}"
+        )
+    if batch_size < 1:
+        raise TeacherError(f"batch_size must be >= 1, got {batch_size}")
+    if device is None:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    classes = int(labels.max()) + 1
+    modes = [(m, m.training) for m in model.modules()]
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    try:
+        model.eval()
+        with torch.no_grad():
+            for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+                logits = model(x.to(device))
+                shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                if not isinstance(shape, tuple) or len(shape) != 2 or shape[0] != len(x):
+                    raise TeacherError(f"expected logits ({len(x)}, C) of the model, got {shape}")
+                if shape[1] < classes:
+                    raise TeacherError(
+                        f"the model has {shape[1]} classes, but the labels need {classes} "
+                        f"(the largest is {classes - 1}): choose a model or images that match"
+                    )
+                correct += (logits.argmax(1) == y.to(device)).sum()
+    finally:
+        for module, training in modes:
+            module.training = training
+    return 100 * correct.item() / len(images)
+
+
+def _torchvision(name: str, num_classes: int) -> nn.Module:
+    from torchvision import models
+
+    names = models.list_models(module=models)  # classifiers alone
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=5) or ["resnet18", "mobilenet_v2"]
+        raise TeacherError(
+            f"torchvision has no classifier {name!r}; did you mean {' or '.join(close)}? "
+            f"All of its {len(names)}: torchvision.models.list_models(module=torchvision.models)"
+        )
+    return models.get_model(name, weights=None, num_classes=num_classes)
+
+
+def _imported(module: str, name: str, num_classes: int) -> nn.Module:
+    with _importable(os.getcwd()):
+        try:
+            factory = getattr(importlib.import_module(module), name, None)
+        except Exception as error:  # the user's module may raise anything
+            raise TeacherError(
+                f"cannot import {module!r} for the model '{module}:{name}' "
+                f"({type(error).__name__}: {error}); expected {_CHOICES}, its module importable "
+                "from the current directory or installed"
+            ) from error
+        if not callable(factory):
+            raise TeacherError(
+                f"the module {module!r} has no callable {name!r}; "
+                "expected a factory that returns an nn.Module"
+            )
+        try:
+            network = factory(**_accepted(factory, num_classes=num_classes))
+        except Exception as error:
+            raise TeacherError(
+                f"the factory '{module}:{name}' failed ({type(error).__name__}: {error}); "
+                "it must work without arguments, or with num_classes alone"
+            ) from error
+    if not isinstance(network, nn.Module):
+        raise TeacherError(
+            f"the factory '{module}:{name}' returned {type(network).__name__}, expected nn.Module"
+        )
+    return network
+
+
+@contextlib.contextmanager
+def _importable(folder: str) -> Iterator[None]:
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the import may have removed it
+            sys.path.remove(folder)
+
+
+def _accepted(factory: Any, **offered: Any) -> dict[str, Any]:
+    """The offered keyword arguments that a callable takes."""
+    try:
+        parameters = inspect.signature(factory).parameters
+    except ValueError:  # builtins without one
+        return {}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return offered
+    return {k: v for k, v in offered.items() if k in parameters}

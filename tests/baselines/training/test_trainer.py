@@ -1,0 +1,512 @@
+"""One contract for every method, with and without add-ons."""
+
+import copy
+import io
+import itertools
+import math
+import platform
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from agm import AGM, AgmError
+from baselines import METHODS
+from baselines.errors import CheckpointError, ConfigError, NonFiniteLossError
+from baselines.methods import gdfq
+from baselines.quantization.student import QuantizationConfig
+from baselines.training.trainer import Remembered, Trainer, resolve_precision
+from tests.baselines import Tiny, bits, images, same_state, weights
+
+SMALL = {name: replace(module.paper(8)[0], width=4, latent_dim=6)
+         for name, module in METHODS.items()}  # fmt: skip
+HOOKS = {
+    "none": lambda: (),
+    "loss": lambda: (AGM(interpolation=False, interval=2),),
+    "interpolation": lambda: (AGM(loss=False),),
+    "both": lambda: (AGM(interval=2),),
+}
+WARMUP, OBSERVE, STEPS = 3, 2, 7
+
+contract = pytest.mark.parametrize(("method", "hooks"), list(itertools.product(METHODS, HOOKS)))
+each_method = pytest.mark.parametrize("method", METHODS)
+
+
+def make(method="gdfq", hooks=(), teacher=None, *, seed=0, precision="fp32", config=None, **recipe):
+    settings = {
+        "steps": STEPS, "batch_size": 4, "warmup": WARMUP / STEPS, "observe": OBSERVE / STEPS,
+        "student_lr": 1e-3, "schedule": "cosine", **recipe,
+    }  # fmt: skip
+    return Trainer(
+        Tiny() if teacher is None else teacher,
+        method=SMALL[method] if isinstance(method, str) else method,
+        recipe=replace(gdfq.paper(8)[1], **settings),
+        config=QuantizationConfig(**(config or {})),
+        image_shape=(3, 8, 8),
+        hooks=HOOKS[hooks]() if isinstance(hooks, str) else hooks,
+        seed=seed,
+        precision=precision,
+    )
+
+
+def train(trainer, steps=STEPS):
+    """The loss terms of each step, as numbers."""
+    return [{k: v.item() for k, v in trainer.step().items()} for _ in range(steps)]
+
+
+def outcome(trainer, steps=STEPS):
+    terms = train(trainer, steps)
+    return terms, bits(trainer.student, trainer.generator), trainer.state_dict()
+
+
+class Hook:
+    """A third party's: knows nothing of AGM or of the trainer."""
+
+    def __init__(self, change=lambda x: x, term=lambda x: x.abs().mean()):
+        self.change, self.term = change, term
+        self.seen, self.given, self.labels = [], [], []
+
+    def generator_loss(self, *, images, teacher_logits, student, other_terms=None):
+        self.seen.append((images, teacher_logits, student(images)))
+        return self.term(images)
+
+    def student_batch(self, *, images, labels=None):
+        self.given.append(images)
+        self.labels.append(labels)
+        changed = self.change(images)
+        return changed if labels is None else (changed, labels)
+
+    def state_dict(self):
+        return {"calls": len(self.given)}
+
+    def load_state_dict(self, state):
+        self.given = [None] * state["calls"]
+
+
+# The contract
+
+
+@contract
+def test_generator_and_student_learn(method, hooks):
+    trainer = make(method, hooks)
+    assert trainer.warming_up
+    start = weights(trainer.student), weights(trainer.generator)
+    warm = train(trainer, WARMUP)
+    assert weights(trainer.student) == start[0]
+    terms = train(trainer, STEPS - WARMUP)
+    assert trainer.step_count == STEPS
+    assert all(math.isfinite(v) for row in [*warm, *terms] for v in row.values())
+    assert {k[0] for row in warm for k in row} == {"G"}
+    assert all({k[0] for k in row} == {"G", "Q"} for row in terms)
+    for before, network in zip(start, (trainer.student, trainer.generator), strict=True):
+        changed = [a != b for a, b in zip(before, weights(network), strict=True)]
+        assert sum(changed) > 0.8 * len(changed)
+    assert not any(m.training for m in trainer.student.modules())
+    assert not any(m.training for m in trainer.teacher.modules())
+    assert trainer.generator.training
+
+
+@contract
+def test_the_teacher_is_left_as_it_was(method, hooks):
+    teacher = Tiny()
+    teacher.bn0.train()
+    teacher.conv0.weight.requires_grad_(False)
+    teacher.fc.weight.grad = torch.ones_like(teacher.fc.weight)
+    before = bits(teacher)
+    trainer = make(method, hooks, teacher)
+    inside = bits(trainer.teacher)
+    train(trainer)
+    assert bits(teacher) == before
+    assert bits(trainer.teacher) == inside
+    assert all(p.grad is None for p in trainer.teacher.parameters())
+
+
+@contract
+def test_a_seed_repeats_bit_for_bit_and_leaves_the_global_rng(method, hooks):
+    teacher, before = Tiny(), torch.get_rng_state()
+    first = outcome(make(method, hooks, teacher))
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.random.fork_rng():
+        torch.manual_seed(1234)
+        assert same_state(outcome(make(method, hooks, teacher)), first)
+    assert outcome(make(method, hooks, teacher, seed=1))[1] != first[1]
+
+
+@each_method
+def test_a_disabled_add_on_is_none(method):
+    terms, state, _ = outcome(make(method))
+    idle, same, _ = outcome(make(method, (AGM(loss=False, interpolation=False),)))
+    assert same == state
+    for a, b in zip(terms, idle, strict=True):
+        assert {k: v for k, v in b.items() if k in a} == a
+        assert all(v == 0 for k, v in b.items() if k not in a)
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, torch.zeros(())], ids=["int", "float", "tensor"])
+def test_a_hook_may_return_its_neutral_values(zero):
+    assert outcome(make(hooks=(Hook(term=lambda x: zero),)))[1] == outcome(make())[1]
+
+
+@pytest.mark.parametrize("hooks", ["loss", "interpolation", "both"])
+@each_method
+def test_an_add_on_changes_the_run_after_the_warmup_alone(method, hooks):
+    plain, joined = make(method), make(method, hooks)
+    assert train(plain, WARMUP) == train(joined, WARMUP)
+    train(plain, 3), train(joined, 3)  # the interpolation's turn is the second
+    assert weights(plain.student) != weights(joined.student)
+    same = weights(plain.generator) == weights(joined.generator)
+    # Interpolation reaches the generator only through the student that it asks.
+    assert same == (hooks == "interpolation" and method != "adadfq")
+
+
+@contract
+def test_the_generators_step_leaves_the_student(method, hooks):
+    spy = Hook()
+    trainer = make(method, (*HOOKS[hooks](), spy))
+    before = bits(trainer.student)
+    for step in range(WARMUP):
+        trainer.step()
+        assert (bits(trainer.student) == before) == (step < WARMUP - OBSERVE)
+    assert weights(trainer.student) == weights(make(method).student)
+    moments = []
+    spy.change = lambda x: moments.append(bits(trainer.student)) or x
+    for _ in range(2):  # the second time with gradients of the step before
+        before = bits(trainer.student)
+        trainer.step()
+        assert moments.pop() == before
+        assert bits(trainer.student) != before
+
+
+@each_method
+def test_ranges_are_observed_at_the_end_of_the_warmup_alone(method):
+    trainer = make(method)
+    buffers = [{k: v.clone() for k, v in trainer.student.named_buffers()}]
+    for _ in range(STEPS):
+        trainer.step()
+        buffers.append({k: v.clone() for k, v in trainer.student.named_buffers()})
+    moved = [not same_state(a, b) for a, b in itertools.pairwise(buffers)]
+    assert moved == [False, True, True, False, False, False, False]
+
+
+@each_method
+def test_hooks_are_not_called_in_the_warmup(method):
+    spy = Hook()
+    trainer = make(method, (spy,))
+    train(trainer, WARMUP)
+    assert (spy.seen, spy.given) == ([], [])
+    train(trainer, 3)
+    assert (len(spy.seen), len(spy.given)) == (3, 3)
+
+
+@each_method
+def test_what_a_hook_is_given(method):
+    spy = Hook()
+    trainer = make(method, (spy,))
+    train(trainer, WARMUP)
+    for _ in range(2):
+        before = copy.deepcopy(trainer.student)
+        terms = trainer.step()
+        (pictures, teacher_logits, student_logits), batch = spy.seen[-1], spy.given[-1]
+        assert pictures.requires_grad
+        assert teacher_logits.requires_grad
+        assert torch.equal(teacher_logits, trainer.teacher(pictures))
+        assert torch.allclose(student_logits, before(pictures), atol=1e-6)
+        assert torch.equal(batch, pictures)
+        assert not batch.requires_grad
+        (term,) = (v.item() for k, v in terms.items() if k.startswith("G/Hook"))
+        assert term == pytest.approx(batch.abs().mean().item())
+        assert len(spy.labels[-1]) == len(batch)
+
+
+# Which logits the student learns from
+
+
+@each_method
+@pytest.mark.parametrize(
+    ("hooks", "forwards"),
+    [
+        (lambda: (), 2),
+        (lambda: (Hook(),), 2),
+        (lambda: (AGM(interpolation=False),), 2),
+        (lambda: (AGM(loss=False, interpolation=False),), 2),
+        (lambda: (AGM(),), 3),
+        (lambda: (Hook(), AGM(loss=False)), 3),
+        (lambda: (Hook(), AGM(loss=False, alternate=False)), 4),
+        (lambda: (Hook(lambda x: x + 1), Hook()), 4),
+    ],
+    ids=["none", "idle", "loss", "disabled", "both", "interpolation", "each", "changed"],
+)
+def test_the_teacher_is_asked_again_only_about_changed_images(method, hooks, forwards):
+    trainer = make(method, hooks())
+    train(trainer, WARMUP)
+    calls = []
+    trainer.teacher.register_forward_hook(lambda *call: calls.append(call))
+    train(trainer, 2)
+    assert len(calls) == forwards
+
+
+class Recording:
+    """A method that remembers what its student's loss was given."""
+
+    def __init__(self, method):
+        self.method, self.given = method, []
+
+    def __getattr__(self, name):
+        return getattr(self.method, name)
+
+    def student_terms(self, **given):
+        self.given.append(given)
+        return self.method.student_terms(**given)
+
+
+def shift(x):
+    return x + 1
+
+
+def shift_in_place(x):
+    return x.add_(1)
+
+
+@each_method
+@pytest.mark.parametrize("change", [lambda x: x, shift, shift_in_place], ids=["no", "yes", "in"])
+def test_the_student_learns_the_teachers_answers_to_its_images(method, change):
+    recording, hook = Recording(SMALL[method]), Hook(change)
+    trainer = make(recording, (hook, last := Hook()))
+    train(trainer, WARMUP)
+    before = copy.deepcopy(trainer.student)
+    trainer.step()
+    (given,), batch = recording.given, last.given[-1]
+    assert not given["teacher_logits"].requires_grad
+    assert torch.allclose(given["teacher_logits"], trainer.teacher(batch), atol=1e-6)
+    assert torch.allclose(given["student_logits"], before(batch), atol=1e-6)
+    assert given["labels"] is last.labels[-1]
+
+
+# Not AdaDFQ with the loss: the two terms' gradients at the student's logits are added in another
+# order there.
+@pytest.mark.parametrize(
+    ("method", "hooks"),
+    [("gdfq", "loss"), ("qimera", "loss"), ("adadfq", "none"), ("adadfq", "interpolation")],
+)
+def test_a_shared_forward_changes_nothing(monkeypatch, method, hooks):
+    shared = outcome(make(method, hooks))
+    monkeypatch.setattr(Remembered, "__call__", lambda self, images: self.network(images))
+    terms, end, _ = outcome(make(method, hooks))
+    assert shared[0] == terms
+    assert shared[1] == end
+
+
+def test_hooks_work_in_order_and_each_of_their_terms_counts():
+    first = Hook(lambda x: x + 1, lambda x: 2 * x.mean())
+    second = Hook(lambda x: 2 * x, lambda x: 3 * x.mean())
+    third = type("Third", (Hook,), {})(term=lambda x: 5 * x.mean())
+    trainer = make(hooks=(first, second, third))
+    train(trainer, WARMUP)
+    trainer.step()
+    assert torch.equal(second.given[0], first.given[0] + 1)
+    assert torch.equal(third.given[0], 2 * second.given[0])
+
+
+def test_two_hooks_of_one_class_both_count():
+    def hook(factor):
+        return Hook(term=lambda x: factor * x.abs().mean())
+
+    pictures = []
+    for hooks in ((hook(50.0),), (hook(49.0), hook(1.0)), (hook(1.0),)):
+        trainer = make(hooks=hooks)
+        train(trainer, WARMUP + 2)
+        pictures.append(trainer.sample_images(4))
+    together, apart, only = pictures
+    assert torch.allclose(together, apart, atol=1e-4)
+    assert not torch.allclose(together, only, atol=1e-3)
+
+
+def test_a_hook_named_as_a_loss_term_leaves_that_term():
+    hook = type("ce", (Hook,), {})(term=lambda x: 0 * x.sum())
+    plain, joined = make(), make(hooks=(hook,))
+    assert train(plain)[-1]["G/bns"] == pytest.approx(train(joined)[-1]["G/bns"])
+    assert weights(plain.generator) == weights(joined.generator)
+
+
+# Broken numbers
+
+
+def assert_stops(trainer, *parts):
+    """The next step is refused, named, and all weights are those before it."""
+    before = weights(trainer.generator), bits(trainer.student)
+    count = trainer.step_count
+    with pytest.raises(NonFiniteLossError) as caught:
+        trainer.step()
+    for part in (f"step {count}", "seed 5", *parts):
+        assert part in str(caught.value)
+    assert isinstance(caught.value, AgmError)
+    assert bits(trainer.student) == before[1], "the student changed"
+    assert weights(trainer.generator) == before[0], "the generator changed"
+    assert trainer.step_count == count
+
+
+@each_method
+@pytest.mark.parametrize("asked", ["in time", "by the last step", "by saving"])
+def test_a_broken_loss_that_is_asked_for_later(method, asked):
+    # As on a device that runs ahead of Python.
+    trainer = make(method, seed=5)
+    trainer.ask_every = 3 if asked == "in time" else 1000
+
+    def learnt():
+        optimizers = trainer.generator_optimizer, trainer.student_optimizer
+        return [
+            weights(trainer.generator, trainer.student),
+            *(copy.deepcopy(optimizer.state_dict()["state"]) for optimizer in optimizers),
+        ]
+
+    train(trainer, STEPS - 3)
+    trainer.refuse_non_finite()
+    before = learnt()
+    trainer.teacher.fc.bias[0] = torch.nan
+    train(trainer, 2)
+    with pytest.raises(NonFiniteLossError, match=f"step {STEPS - 3}, seed 5.*nan"):
+        trainer.state_dict() if asked == "by saving" else trainer.step()
+    assert trainer.step_count == STEPS - 3
+    assert same_state(learnt(), before)
+    trainer.teacher.fc.bias[0] = 0.0
+    train(trainer, 1)
+    assert not same_state(learnt(), before)
+
+
+@each_method
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_broken_term_of_a_hook(method, value):
+    hook = Hook()
+    trainer = make(method, (hook,), seed=5)
+    train(trainer, WARMUP + 1)
+    hook.term = lambda x: x.mean() + value
+    assert_stops(trainer, "Hook", str(value))
+
+
+@each_method
+@pytest.mark.parametrize("steps", [0, WARMUP - 1, WARMUP, WARMUP + 2])
+def test_a_broken_teacher(method, steps):
+    trainer = make(method, "both", seed=5)
+    train(trainer, steps)
+    trainer.teacher.fc.bias[0] = torch.nan
+    assert_stops(trainer, "nan", {"gdfq": "ce", "qimera": "ce", "adadfq": "ds"}[method])
+
+
+@each_method
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_batch_of_a_hook(method, value):
+    hook = Hook()
+    trainer = make(method, (hook,), seed=5)
+    train(trainer, WARMUP + 1)
+    hook.change = lambda x: x * value
+    assert_stops(trainer, {"adadfq": "agreement"}.get(method, "kd"))
+
+
+# Precision
+
+
+@contract
+def test_bfloat16(method, hooks):
+    trainer = make(method, hooks, precision="bf16")
+    start = weights(trainer.student)
+    terms = train(trainer)
+    assert all(math.isfinite(v) for row in terms for v in row.values())
+    assert weights(trainer.student) != start
+    for network in (trainer.student, trainer.generator):
+        assert all(p.dtype == torch.float32 for p in network.parameters())
+    pictures = trainer.sample_images(3)
+    assert (pictures.shape, pictures.dtype) == ((3, 3, 8, 8), torch.float32)
+
+
+def test_bfloat16_is_chosen_where_it_is_fast(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for fast, chosen in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
+        assert resolve_precision("auto", cpu) == chosen
+        assert resolve_precision("bf16", cpu) == "bf16"
+        assert resolve_precision("fp32", cpu) == "fp32"
+
+
+def test_no_gpus_generator_is_seeded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded"))
+    train(make(), 1)
+
+
+def test_unknown_precision():
+    with pytest.raises(ConfigError, match=r"precision 'fp16'.*bf16"):
+        make(precision="fp16")
+
+
+def test_sampling_leaves_the_run():
+    trainer = make(hooks="both")
+    train(trainer, 4)
+    before = bits(trainer.generator), trainer.rng.get_state(), torch.get_rng_state()
+    first = trainer.sample_images(5)
+    assert torch.equal(trainer.sample_images(5), first)
+    assert not torch.equal(trainer.sample_images(5, seed=1), first)
+    assert not first.requires_grad
+    assert same_state((bits(trainer.generator), trainer.rng.get_state(), torch.get_rng_state()),
+                      before)  # fmt: skip
+
+
+# Resuming
+
+
+def through_a_file(state):
+    torch.save(state, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@each_method
+@pytest.mark.parametrize("hooks", ["none", "both"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_resumed_is_uninterrupted(method, hooks, optimizer):
+    def fresh(seed=0):
+        return make(method, hooks, seed=seed, student_optimizer=optimizer)
+
+    whole, states = fresh(), []
+    terms = []
+    for _ in range(STEPS):
+        states.append(through_a_file(whole.state_dict()))
+        terms += train(whole, 1)
+    for step in (1, WARMUP - 1, WARMUP, STEPS - 2):
+        resumed = fresh(seed=9)
+        train(resumed, 2)  # whatever it was before
+        resumed.load_state_dict(states[step])
+        assert resumed.step_count == step
+        assert train(resumed, STEPS - step) == terms[step:]
+        assert same_state(through_a_file(resumed.state_dict()), through_a_file(whole.state_dict()))
+        assert torch.equal(resumed.sample_images(2), whole.sample_images(2))
+
+
+def test_a_third_partys_hook_resumes():
+    trainer = make(hooks=(Hook(),))
+    train(trainer, WARMUP + 2)
+    resumed = make(hooks=(hook := Hook(),))
+    resumed.load_state_dict(through_a_file(trainer.state_dict()))
+    assert len(hook.given) == 2
+
+
+@pytest.mark.parametrize(("saved", "ours"), [(0, 1), (1, 0), (1, 2), (2, 1)])
+def test_another_number_of_hooks(saved, ours):
+    trainer = make(hooks=[AGM() for _ in range(ours)])
+    before = bits(trainer.student, trainer.generator)
+    state = make(hooks=[AGM() for _ in range(saved)], seed=1).state_dict()
+    with pytest.raises(CheckpointError, match=f"{saved} hooks?.*{ours}"):
+        trainer.load_state_dict(state)
+    assert bits(trainer.student, trainer.generator) == before
+
+
+def test_a_teacher_without_batch_norm_is_a_named_error():
+    teacher = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 4))
+    with pytest.raises(AgmError, match="Sequential has no BatchNorm"):
+        make(teacher=teacher).step()
+
+
+def test_the_pictures_classes_and_channels_are_the_teachers():
+    trainer = make(teacher=Tiny(classes=6))
+    assert trainer.num_classes == 6
+    assert images().shape[1:] == trainer.sample_images(1).shape[1:]

@@ -1,0 +1,151 @@
+"""The proof's queue, and the halves that search and proof are judged on."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agm import AGM
+from baselines.methods import adadfq, gdfq
+from benchmarks import compare
+from benchmarks.evidence import proof
+from benchmarks.process import locked
+from benchmarks.task.task import halves
+
+GRIDS = {
+    "a": ("--bits 3 --steps 4 --batch-size 8 --baseline gdfq --with-agm", 2),
+    "b": ("--bits 2 --steps 4 --batch-size 8 --baseline adadfq", 1),
+}
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """Runs the queue on digits, into tmp_path."""
+    monkeypatch.setattr(proof, "GRIDS", GRIDS)
+    monkeypatch.setattr(proof, "RESULTS", tmp_path / "results")
+    return lambda *more: proof.main(
+        ["--weights", "w", "--data", "d", "--out", str(tmp_path / "runs"), *more]
+    )
+
+
+def cells(tmp_path, grid):
+    path = tmp_path / "results" / f"{grid}.json"
+    if not path.exists():
+        return {}
+    file = json.loads(path.read_text())
+    return {c["name"]: c | file["sources"][c["source"]] for c in file["cells"]}
+
+
+def test_every_grid_runs_once(queue, tmp_path, monkeypatch):
+    assert queue() == 0
+    found = cells(tmp_path, "a")
+    seeds = range(proof.FIRST_SEED, proof.FIRST_SEED + 2)
+    arms = ("none", "both")
+    assert set(found) == {f"gdfq-w3a3-{arm}-seed{seed}" for arm in arms for seed in seeds}
+    assert set(cells(tmp_path, "b")) == {f"adadfq-w2a2-none-seed{proof.FIRST_SEED}"}
+    for cell in found.values():
+        halves = cell["accuracy_tuning"], cell["accuracy_proof"]
+        assert min(halves) <= cell["accuracy_last"] <= max(halves)
+        assert cell["command"].endswith(f"--first-seed {cell['seed']}")
+        assert cell["settings"]["data_hash"]
+    monkeypatch.setattr(compare, "main", lambda argv: pytest.fail("nothing was left to do"))
+    assert queue() == 0
+
+
+def test_a_stopped_queue_goes_on(queue, tmp_path, monkeypatch):
+    original, runs = compare.main, []
+
+    def stopping(argv):
+        runs.append(argv)
+        return original(argv) if len(runs) == 1 else 143
+
+    monkeypatch.setattr(compare, "main", stopping)
+    assert queue() == 143
+    first = cells(tmp_path, "a")
+    assert len(first) == 2
+    assert len(runs) == 2
+    monkeypatch.setattr(compare, "main", original)
+    assert queue() == 0
+    found = cells(tmp_path, "a")
+    assert len(found) == 4
+    assert all(found[name] == cell for name, cell in first.items())
+
+
+def test_what_another_queue_works_on_is_left_to_it(queue, tmp_path, capsys):
+    with locked(tmp_path / "runs" / f"digits-4-seed{proof.FIRST_SEED}"):
+        assert queue() == 0
+    assert "another queue" in capsys.readouterr().out
+    assert {c["seed"] for c in cells(tmp_path, "a").values()} == {proof.FIRST_SEED + 1}
+    assert queue() == 0
+    assert len(cells(tmp_path, "a")) == 4
+
+
+def test_grids_share_their_runs(queue, tmp_path, monkeypatch):
+    assert queue() == 0
+    started, real = [], compare.quantize
+    monkeypatch.setattr(
+        compare, "quantize", lambda *a, **k: started.append(k["hooks"]) or real(*a, **k)
+    )
+    monkeypatch.setitem(GRIDS, "c", (GRIDS["a"][0] + " loss", 1))
+    assert queue() == 0
+    ((hook,),) = started
+    assert (hook.loss, hook.interpolation) == (True, False)
+    assert set(cells(tmp_path, "c")) == {f"gdfq-w3a3-loss-seed{proof.FIRST_SEED}"}
+
+
+def test_a_longer_run_is_another_run(queue, tmp_path, monkeypatch):
+    assert queue() == 0
+    monkeypatch.setitem(GRIDS, "c", (GRIDS["a"][0].replace("--steps 4", "--steps 5"), 1))
+    assert queue() == 0
+    found = cells(tmp_path, "c")
+    assert set(found) == {f"gdfq-w3a3-{arm}-seed{proof.FIRST_SEED}" for arm in ("none", "both")}
+    assert all(c["recipe"]["steps"] == 5 for c in found.values())
+    assert all(c["recipe"]["steps"] == 4 for c in cells(tmp_path, "a").values())
+
+
+@pytest.mark.parametrize(
+    ("owner", "attribute", "stale"),
+    [
+        (gdfq, "quick", {"none", "both"}),
+        (adadfq, "quick", set()),
+        (compare, "AGM", {"both"}),
+    ],
+    ids=["its recipe", "another's", "the add-on"],
+)
+def test_cells_of_another_recipe_are_trained_again(
+    queue, tmp_path, monkeypatch, owner, attribute, stale
+):
+    monkeypatch.setitem(GRIDS, "a", (GRIDS["a"][0], 1))
+    assert queue("--grids", "a") == 0
+    file = json.loads((tmp_path / "results" / "a.json").read_text())
+    assert all(proof.is_present(cell, file) for cell in file["cells"])
+
+    if owner is compare:
+        changed = lambda *, ratio=0.2: AGM(ratio=ratio)  # noqa: E731
+    else:
+        method, recipe = owner.quick(8)
+        changed = lambda image_size: (method, replace(recipe, generator_lr=2e-3))  # noqa: E731
+    monkeypatch.setattr(owner, attribute, changed)
+    assert {c["hooks"] for c in file["cells"] if not proof.is_present(c, file)} == stale
+    seed = str(proof.FIRST_SEED)
+    argv = [*GRIDS["a"][0].split(), "--seeds", "1", "--first-seed", seed]
+    assert proof.missing(argv, proof.setting(GRIDS["a"][0])) == bool(stale)
+
+
+def test_a_mistake_ends_the_queue(queue, monkeypatch):
+    monkeypatch.setattr(proof, "GRIDS", {"a": ("--model resnet20", 1)})
+    assert queue("--grids", "a") == 2
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=40))
+def test_halves_share_no_image_and_split_every_class(labels):
+    labels = torch.tensor(labels)
+    first, second = halves(labels)["tuning"], halves(labels)["proof"]
+    assert sorted([*first.tolist(), *second.tolist()]) == list(range(len(labels)))
+    for label in labels.unique():
+        a, b = first[labels[first] == label], second[labels[second] == label]
+        assert len(b) - len(a) in (0, 1)
+        assert not len(a) or a.max() < b.min()

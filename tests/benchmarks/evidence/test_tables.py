@@ -1,0 +1,112 @@
+"""README's tables: from JSON alone, and up to date."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks.evidence import tables
+from benchmarks.evidence.proof import is_present
+
+
+def grid(path, arguments, cells):
+    path.write_text(json.dumps({"arguments": arguments, "cells": cells}))
+
+
+def cell(arm, seed, accuracy, *, method="gdfq", bits=3):
+    steps = range(100, 500, 100)
+    history = [{"step": s, "accuracy": accuracy - 1, "batch_similarity": 0.5} for s in steps]
+    return {
+        "name": f"{method}{bits}{arm}{seed}", "method": method, "hooks": arm,
+        "weight_bits": bits, "act_bits": bits, "seed": seed,
+        "accuracy_last": accuracy - 2, "accuracy_proof": accuracy,
+        "error": None, "history": history,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two files: GDFQ on ResNet-20 in three arms, and AdaDFQ on digits in one."""
+    base, both = [80.0, 82.0, 81.0], [81.0, 82.5, 83.0]
+    cells = [cell("none", i, v) for i, v in enumerate(base)]
+    cells += [cell("both", i, v) for i, v in enumerate(both)] + [cell("loss", 1, 82.0)]
+    grid(tmp_path / "b.json", "--model resnet20 --with-agm", cells)
+    grid(tmp_path / "a.json", "--bits 2", [cell("none", 0, 97.0, method="adadfq", bits=2)])
+    return tmp_path
+
+
+def test_proof_table(folder):
+    _, _, first, second = tables.proof_table(tables.proof_rows(folder)).splitlines()
+    half = stats.t.ppf(0.975, 2) * np.std([1.0, 0.5, 2.0], ddof=1) / 3**0.5
+    mean = 3.5 / 3
+    interval = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+    want = f"| 79.00 ± 1.00 | 81.00 ± 1.00 | +0.00 n/a |  | {interval} | 3, 1, 3 |"
+    assert first == f"| ResNet-20 W3A3 GDFQ {want}"
+    assert second == "| digits W2A2 AdaDFQ | 95.00 ± n/a | 97.00 ± n/a |  |  |  | 1 |"
+
+
+def test_the_pairs_of_several_methods_together(folder):
+    values = {"none": [70.0, 71.0], "both": [70.5, 73.0]}
+    others = [cell(a, i, v, method="qimera") for a in values for i, v in enumerate(values[a])]
+    grid(folder / "c.json", "--model resnet20 --baseline qimera --with-agm", others)
+    rows = tables.proof_table(tables.proof_rows(folder)).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| ResNet-20 W3A3 GDFQ", "| ResNet-20 W3A3 Qimera", "| ResNet-20 W3A3, together",
+        "| digits W2A2 AdaDFQ",
+    ]  # fmt: skip
+    differences = [1.0, 0.5, 2.0, 0.5, 2.0]  # GDFQ's three pairs, Qimera's two
+    half = stats.t.ppf(0.975, 4) * np.std(differences, ddof=1) / 5**0.5
+    interval = f"+1.20 [{1.2 - half:+.2f}, {1.2 + half:+.2f}]"
+    assert rows[2] == f"| ResNet-20 W3A3, together |  |  |  |  | {interval} | 5, 5 |"
+
+
+def test_equal_time_is_a_longer_baseline_against_the_same_arm(folder):
+    longer = [cell("none", i, v) for i, v in enumerate([80.5, 83.0, 81.5])]
+    grid(folder / "c.json", "--model resnet20 --steps 3960", longer)
+    rows = tables.proof_table(tables.proof_rows(folder)).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| ResNet-20 W3A3 GDFQ", "| ResNet-20, equal time, W3A3 GDFQ", "| digits W2A2 AdaDFQ",
+    ]  # fmt: skip
+    assert "| 81.67 ± 1.26 |" in rows[1]
+    assert f"| {(0.5 - 0.5 + 1.5) / 3:+.2f} [" in rows[1]
+    assert "| 81.00 ± 1.00 |" in rows[0]
+
+
+def test_picture(folder, tmp_path):
+    tables.picture(tables.proof_rows(folder), tmp_path / "proof.png")
+    assert (tmp_path / "proof.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_speed_table(tmp_path):
+    figure = {"seconds": 0.05, "spread": 0.001, "over_baseline": 0.1, "peak_mib": 800.4,
+              "speedup_over_plain": 2.04}  # fmt: skip
+    steps = dict.fromkeys(("plain", "none", "loss", "interpolation", "both"), figure)
+    content = {"methods": {"qimera": {"batch_size": 16, "figures": steps | {"piece": figure}}}}
+    (tmp_path / "s.json").write_text(json.dumps(content))
+    row = tables.speed_table([tmp_path / "s.json"]).splitlines()[-1]
+    assert row == (
+        "| Qimera, 16 | 50 ± 1 | 50 ± 1 (2.04x) | +10 % | +10 % | +10 % | 800 / 800 / 800 |"
+    )
+
+
+def test_only_what_is_between_the_markers_changes():
+    text = "a\n<!-- x -->\n\nold\nlines\n\n<!-- end -->\nb\n<!-- y -->\n\nkept\n\n<!-- end -->\n"
+    got = tables.fill(text, {"x": "new"})
+    assert got == text.replace("old\nlines", "new")
+    with pytest.raises(ValueError, match="'z' once, found 0"):
+        tables.fill(text, {"z": ""})
+
+
+def test_the_proof_is_of_the_present_recipes():
+    files = [json.loads(path.read_text()) for path in (tables.RESULTS / "proof").glob("*.json")]
+    assert files
+    for file in files:
+        stale = [cell["name"] for cell in file["cells"] if not is_present(cell, file)]
+        assert not stale, file["arguments"]
+
+
+def test_readme_is_up_to_date():
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    assert tables.fill(readme, tables.tables()) == readme

@@ -1,0 +1,102 @@
+"""tune.py: what it records, and its complaints."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.evidence import tune
+from benchmarks.task import datasets, teachers
+from benchmarks.task.task import Task, halves
+
+SHORT = ("--bits", "3", "--steps", "8", "--batch-size", "16", "--seeds", "2")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setitem(teachers.DIGITS_RECIPE, "epochs", 1)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def rows(*argv):
+    """What a run adds to its records."""
+    argv = ["mine", *SHORT, *argv, "--records", "new/records.jsonl"]
+    assert tune.main(argv) == 0
+    with open("new/records.jsonl") as file:
+        added = [json.loads(line) for line in file][-2:]
+    assert [row.pop("command") for row in added] == [argv] * 2
+    return added
+
+
+def test_records_of_two_seeds():
+    first = rows("--first-seed", "3")
+    assert [(row["name"], row["seed"]) for row in first] == [("mine", 3), ("mine", 4)]
+    for row in first:
+        steps = [step for step, _ in row["curve"]]
+        assert steps == sorted(set(steps))
+        assert steps[-1] == 8
+        assert row["accuracy_tune"] == row["curve"][-1][1]
+        assert all(0 <= accuracy <= 100 for _, accuracy in row["curve"])
+    assert rows("--first-seed", "3") == first
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--set", "recipe.student_lr=0.1"),
+        ("--agm", "--set", "agm.ratio=5", "agm.interval=1"),
+        ("--recipe", "paper"),
+        ("--batch-size", "4"),
+    ],
+)
+def test_what_is_set_counts(argv):
+    assert [r["curve"] for r in rows(*argv)] != [r["curve"] for r in rows()]
+
+
+def test_real_images_are_those_of_the_tuning_half_moved():
+    images = torch.arange(5.0).view(5, 1, 1, 1) + torch.rand(5, 3, 16, 16) / 2
+    hook = tune.RealImages(images, torch.arange(5), seed=0)
+    shown = [hook.student_batch(images=torch.zeros(40, 3, 16, 16)) for _ in range(3)]
+    for batch, labels in shown:
+        assert batch.shape == (40, 3, 16, 16)
+        assert set(labels.tolist()) == set(range(5))
+        for image, label in zip(batch, labels, strict=True):
+            assert label <= image.min()
+            assert image.max() <= label + 0.5  # of this label's image, and moved as a whole
+            assert set(image.flatten().tolist()) <= set(images[label].flatten().tolist())
+    assert not torch.equal(shown[0][0], shown[1][0])
+    assert hook.generator_loss(images=batch, teacher_logits=torch.ones(2, 3), student=None) == 0
+
+
+def test_a_ceiling_is_judged_on_the_other_half(monkeypatch):
+    judged, accuracy = [], Task.accuracy
+    monkeypatch.setattr(
+        Task,
+        "accuracy",
+        lambda self, model, i: judged.append(i.tolist()) or accuracy(self, model, i),
+    )
+    for row in rows("--ceiling"):
+        assert "accuracy_tune" not in row
+        assert row["accuracy_proof"] == row["curve"][-1][1]
+    _, _, _, labels = datasets.digits()
+    assert all(half == halves(labels)["proof"].tolist() for half in judged)
+    assert judged
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (("--set", "ratio=1"), "--set takes recipe.X=V, method.X=V or agm.X=V, got 'ratio=1'"),
+        (("--set", "agm.ratio"), "got 'agm.ratio'"),
+        (("--set", "recipe.nothing=1"), "nothing"),
+        (("--agm", "--set", "agm.discrepancy=far"), "unknown discrepancy 'far'"),
+        (("--bits", "1"), "got 1"),
+        (("--epochs", "3"), "--epochs"),
+    ],
+)
+def test_mistakes(capsys, argv, part):
+    assert tune.main(["mine", *SHORT, *argv]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tune.py: error: ")
+    assert part in line
