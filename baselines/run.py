@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from agm import DiversityProbe, Hook
 from baselines.errors import CheckpointError, ConfigError
 from baselines.methods import adadfq, gdfq, qimera
 from baselines.quantization import checkpoint
+from baselines.quantization.graph import image_channels
+from baselines.quantization.policy import BitPolicy, QuantizationConfig
 from baselines.quantization.quantizers import check_choice
-from baselines.quantization.student import BitPolicy, QuantizationConfig, image_channels
 from baselines.training.recipe import Recipe
 from baselines.training.trainer import Trainer
 
@@ -40,7 +41,7 @@ class Result:
         recipe, precision: what was used.
     """
 
-    model: nn.Module
+    model: fx.GraphModule
     config: QuantizationConfig
     policy: BitPolicy
     history: list[dict[str, float]]
@@ -56,7 +57,7 @@ class Result:
 
     def save(self, path: str | Path) -> None:
         """Write the quantized network; :func:`baselines.load_quantized` reads it."""
-        checkpoint.save_quantized(self.model, self.config, path)
+        checkpoint.save_quantized(self.model, path)
 
 
 def quantize(
@@ -70,8 +71,11 @@ def quantize(
     recipe: str = "quick",
     steps: int | None = None,
     batch_size: int | None = None,
+    activations: str | None = None,
     scheme: str = "asymmetric",
     edge_bits: int | None = None,
+    input_mean: Sequence[float] | float | None = None,
+    input_std: Sequence[float] | float | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     precision: str = "auto",
@@ -94,7 +98,10 @@ def quantize(
         image_size: s, a multiple of 4; the channels are those of the first convolution that runs.
         recipe: ``"quick"``, or ``"paper"`` for the published settings.
         steps, batch_size: in place of the recipe's; the proportions of the schedule stay.
-        scheme, edge_bits: see :class:`baselines.quantization.student.QuantizationConfig`.
+        activations: which are quantized, in place of the recipe's: ``"inputs"`` (``quick``), all
+            that weighted layers read, or ``"relu"`` (``paper``), what comes out of ReLUs.
+        scheme, edge_bits: see :class:`baselines.quantization.policy.QuantizationConfig`.
+        input_mean, input_std: see :class:`baselines.training.trainer.Trainer`.
         seed, device, precision: see :class:`baselines.training.trainer.Trainer`.
         evaluate: quantized network -> accuracy; called straight after quantization, then at every
             record. Never used for training or selection: ``model`` is that of the last step.
@@ -126,8 +133,11 @@ def quantize(
         recipe=recipe,
         steps=steps,
         batch_size=batch_size,
+        activations=activations,
         scheme=scheme,
         edge_bits=edge_bits,
+        input_mean=input_mean,
+        input_std=input_std,
         seed=seed,
         device=device,
         precision=precision,
@@ -141,6 +151,7 @@ def quantize(
         "config": vars(config),
         "seed": seed,
         "image_size": image_size,
+        "input": [trainer.input_mean.tolist(), trainer.input_std.tolist()],
         "precision": trainer.precision,
         "teacher": checkpoint.fingerprint(teacher),
         "records": records,
@@ -182,6 +193,7 @@ def make_trainer(
     recipe: str = "quick",
     steps: int | None = None,
     batch_size: int | None = None,
+    activations: str | None = None,
     scheme: str = "asymmetric",
     edge_bits: int | None = None,
     **where: Any,
@@ -190,13 +202,14 @@ def make_trainer(
     check_choice("method", method, METHODS)
     check_choice("recipe", recipe, RECIPES)
     losses, base = getattr(METHODS[method], recipe)(image_size)
-    changes = {"steps": steps, "batch_size": batch_size}
+    changes = {"steps": steps, "batch_size": batch_size, "activations": activations}
     plan = replace(base, **{k: v for k, v in changes.items() if v is not None})
     config = QuantizationConfig(
-        weight_bits=weight_bits, act_bits=act_bits, scheme=scheme, edge_bits=edge_bits,
-        ste=plan.ste, range_estimator=plan.range_estimator, fold_batch_norm=plan.fold_batch_norm,
+        weight_bits=weight_bits, act_bits=act_bits, activations=plan.activations,
+        scheme=scheme, edge_bits=edge_bits, ste=plan.ste,
+        range_estimator=plan.range_estimator, fold_batch_norm=plan.fold_batch_norm,
     )  # fmt: skip
-    shape = (image_channels(teacher) or 3, image_size, image_size)
+    shape = (image_channels(teacher, image_size) or 3, image_size, image_size)
     return Trainer(
         teacher, method=losses, recipe=plan, config=config, image_shape=shape, hooks=hooks, **where
     )

@@ -27,6 +27,7 @@ from agm import AGM, AgmError
 from baselines import METHODS, RECIPES, Interrupted, Result, quantize
 from baselines.quantization import checkpoint
 from baselines.quantization.checkpoint import fingerprint
+from baselines.quantization.policy import PLACEMENTS
 from baselines.run import make_trainer
 from benchmarks import report
 from benchmarks.errors import UsageError
@@ -77,6 +78,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--recipe", choices=RECIPES, default="quick", help="default: quick")
     add("--steps", type=int, help="in place of the recipe's")
     add("--batch-size", type=int, help="in place of the recipe's")
+    add("--activations", choices=PLACEMENTS,
+        help="which are quantized: inputs (default of quick) or relu (of paper)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: auto")
     add = parser.add_argument_group("where").add_argument
@@ -209,7 +212,7 @@ class Comparison:
         return policies
 
     def _training(self) -> dict[str, Any]:
-        names = ("recipe", "steps", "batch_size", "device", "precision")
+        names = ("recipe", "steps", "batch_size", "activations", "device", "precision")
         return {name: getattr(self.args, name) for name in names}
 
     def _claim_folder(self) -> None:

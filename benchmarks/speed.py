@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agm import AGM, AgmError, frozen_parameters
 from baselines import METHODS, RECIPES
+from baselines.quantization.graph import image_channels
+from baselines.quantization.policy import QuantizationConfig
 from baselines.quantization.quantizers import observing
-from baselines.quantization.student import QuantizationConfig, image_channels
 from baselines.training.bn_stats import batch_norm_statistics
 from baselines.training.trainer import Trainer
 from benchmarks import report
@@ -56,19 +57,20 @@ def make(args: argparse.Namespace, method: str, arm: str, *, plain: bool) -> Tra
         | ({"fold_batch_norm": False} if plain else {})
     )  # fmt: skip
     config = QuantizationConfig(
-        args.bits, args.bits, ste=recipe.ste, range_estimator=recipe.range_estimator,
-        fold_batch_norm=recipe.fold_batch_norm,
+        args.bits, args.bits, activations=recipe.activations, ste=recipe.ste,
+        range_estimator=recipe.range_estimator, fold_batch_norm=recipe.fold_batch_norm,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
         teacher = teachers.build(args.model, num_classes=args.num_classes, weights=args.weights)
+    channels = image_channels(teacher, args.image_size) or 3
     with plain_formulas() if plain else contextlib.nullcontext():
         trainer = (PlainTrainer if plain else Trainer)(
             teacher,
             method=losses,
             recipe=recipe,
             config=config,
-            image_shape=(image_channels(teacher) or 3, args.image_size, args.image_size),
+            image_shape=(channels, args.image_size, args.image_size),
             hooks=[] if arm == "none" else [AGM(**ARMS[arm])],
             device=args.device,
             precision="fp32" if plain else args.precision,

@@ -5,7 +5,6 @@ A file is MAGIC, the SHA-256 of the rest, and the rest: a ``torch.save`` archive
 """
 
 import contextlib
-import copy
 import glob
 import hashlib
 import io
@@ -15,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from baselines.errors import CheckpointError
-from baselines.quantization.student import QuantizationConfig, build_student
+from baselines.quantization.graph import traced
+from baselines.quantization.policy import QuantizationConfig
+from baselines.quantization.student import build_student
 
 MAGIC = b"agm checkpoint 1\n"
 DIGEST_SIZE = hashlib.sha256().digest_size
@@ -123,12 +124,19 @@ def previous(path: Path) -> Path:
     return path.with_name(path.name + ".previous")
 
 
-def save_quantized(model: nn.Module, config: QuantizationConfig, path: str | Path) -> None:
-    """Write a quantized network: its configuration and its state."""
-    save(path, {"config": vars(config), "model": model.state_dict()})
+def save_quantized(model: fx.GraphModule, path: str | Path) -> None:
+    """Write a quantized network: its configuration, its images' shape and its state."""
+    save(
+        path,
+        {
+            "config": vars(model.meta["config"]),
+            "image_shape": model.meta["image_shape"],
+            "model": model.state_dict(),
+        },
+    )
 
 
-def load_quantized(path: str | Path, architecture: nn.Module) -> nn.Module:
+def load_quantized(path: str | Path, architecture: nn.Module) -> fx.GraphModule:
     """Read a quantized network back, in eval mode, float32, with the same logits.
 
     Args:
@@ -138,16 +146,15 @@ def load_quantized(path: str | Path, architecture: nn.Module) -> nn.Module:
         CheckpointError: as :func:`load`, or the file is of another network.
     """
     state = load(path)
-    if set(state) != {"config", "model"}:
+    if set(state) != {"config", "image_shape", "model"}:
         raise CheckpointError(f"{path} is not a quantized network; it holds {sorted(state)}")
-    architecture = copy.deepcopy(architecture).float()
     try:
         config = QuantizationConfig(**state["config"])
     except TypeError as error:
         raise CheckpointError(
             f"{path} was written by another version of this program ({error}); use that one"
         ) from error
-    model, _ = build_student(architecture, config)
+    model = build_student(traced(architecture, tuple(state["image_shape"])), config)
     load_matching(model, state["model"], str(path))
     # As it was trained: another memory format would round differently.
     return model.to(memory_format=torch.channels_last)

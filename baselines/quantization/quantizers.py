@@ -98,23 +98,50 @@ def fake_quantize(
 
 
 class WeightQuantizer(nn.Module):
-    """Parametrization of a weight: per output channel (dim 0), min-max of the latent weight."""
+    """Parametrization of a weight: per output channel, min-max of the latent weight.
 
-    def __init__(self, bit_width: int, scheme: str) -> None:
+    Args:
+        bit_width, scheme: of the integers.
+        transposed_groups: of a transposed convolution, whose weights are (in, out / groups, ...);
+            None for (out, ...).
+    """
+
+    def __init__(self, bit_width: int, scheme: str, transposed_groups: int | None = None) -> None:
         super().__init__()
         self.bit_width, self.scheme = bit_width, scheme
+        self.transposed_groups = transposed_groups
+        self.enabled = True
+        self.remembering = False
+        self.remembered: Tensor | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
-        with torch.no_grad():
-            # Two reductions; aminmax knows one dimension and is much slower on the CPU.
-            channel = tuple(range(1, weight.ndim))
-            low, high = weight.amin(channel, keepdim=True), weight.amax(channel, keepdim=True)
-            scale, zero_point = scale_and_zero_point(
-                low, high, self.bit_width, self.scheme, signed=True
-            )
+        if not self.enabled:
+            return weight
+        if self.remembered is not None:
+            return self.remembered
+        scale, zero_point = self.scale_and_zero_point(weight)
         qmin, qmax = integer_range(self.bit_width, self.scheme, signed=True)
         # Nothing lies outside a min-max range, so both straight-through gradients are the identity.
-        return fake_quantize(weight, scale, zero_point, qmin, qmax)
+        quantized = fake_quantize(weight, scale, zero_point, qmin, qmax)
+        if self.remembering:
+            self.remembered = quantized
+        return quantized
+
+    @torch.no_grad()
+    def scale_and_zero_point(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each output channel, in a shape that broadcasts against the latent ``weight``."""
+        groups = self.transposed_groups
+        # Two reductions; aminmax knows one dimension and is much slower on the CPU.
+        if groups is None:
+            channel = tuple(range(1, weight.ndim))
+            low, high = weight.amin(channel, keepdim=True), weight.amax(channel, keepdim=True)
+        else:
+            split = weight.unflatten(0, (groups, -1))  # (groups, in / groups, out / groups, ...)
+            channel = (1, *range(3, split.ndim))
+            ends = split.amin(channel, keepdim=True), split.amax(channel, keepdim=True)
+            shape = -1, split.shape[1], *(-1,) * (weight.ndim - 1)
+            low, high = (end.expand(shape).flatten(0, 1) for end in ends)
+        return scale_and_zero_point(low, high, self.bit_width, self.scheme, signed=True)
 
     def extra_repr(self) -> str:
         return f"bit_width={self.bit_width}, scheme={self.scheme}, per_channel=True"
@@ -126,26 +153,44 @@ def _sample(x: Tensor, size: int = 2**16) -> Tensor:
     return flat[:: (flat.numel() // size) | 1].float()
 
 
-def range_max(x: Tensor, _bit_width: int) -> Tensor:
-    """The largest value."""
-    return x.max().float()
+def range_max(x: Tensor, _bit_width: int) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest value."""
+    low, high = x.aminmax()
+    return low.float(), high.float()
 
 
-def range_percentile(x: Tensor, _bit_width: int) -> Tensor:
-    """The 99.9th percentile."""
-    return torch.quantile(_sample(x), 0.999)
+def range_percentile(x: Tensor, _bit_width: int) -> tuple[Tensor, Tensor]:
+    """The percentiles 0.1, where anything is below 0, and 99.9."""
+    x = _sample(x)
+    return torch.quantile(x, 0.001), torch.quantile(x, 0.999)
 
 
-def range_mse(x: Tensor, bit_width: int) -> Tensor:
-    """The clip in {1%, 2%, ..., 100%} of the largest value with the least squared error."""
-    x, qmax = _sample(x, 2**14), 2**bit_width - 1
-    clips = x.max() * torch.linspace(0.01, 1, 100, device=x.device)
-    scale = (clips / qmax).clamp(min=torch.finfo(x.dtype).tiny)[:, None]
-    errors = ((x / scale).round_().clamp_(0, qmax) * scale - x).square_().mean(1)
-    return clips[errors.argmin()]
+def range_mse(x: Tensor, bit_width: int) -> tuple[Tensor, Tensor]:
+    """The range with the least squared error.
+
+    Its upper end is one of {1%, 2%, ..., 100%} of the largest value; then, where anything is below
+    0, its lower end is one of {0%, 1%, ..., 100%} of the smallest.
+    """
+    x = _sample(x, 2**14)
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+    highs = high * torch.linspace(0.01, 1, 100, device=x.device)
+    best = _squared_errors(x, low.expand(100), highs, bit_width).argmin()
+    if low:
+        lows = low * torch.linspace(0, 1, 101, device=x.device)
+        low = lows[_squared_errors(x, lows, highs[best].expand(101), bit_width).argmin()]
+    return low, highs[best]
 
 
-RANGE_ESTIMATORS: dict[str, Callable[[Tensor, int], Tensor]] = {
+def _squared_errors(x: Tensor, low: Tensor, high: Tensor, bit_width: int) -> Tensor:
+    """The mean squared error of ``x``, (N,), quantized to each of the ranges, (R,) -> (R,)."""
+    scale, zero_point = scale_and_zero_point(low, high, bit_width, "asymmetric", signed=False)
+    scale, zero_point = scale[:, None], zero_point[:, None]
+    qmax = 2**bit_width - 1
+    steps = (x / scale).round_().maximum(-zero_point).minimum(qmax - zero_point)
+    return (steps * scale - x).square_().mean(1)
+
+
+RANGE_ESTIMATORS: dict[str, Callable[[Tensor, int], tuple[Tensor, Tensor]]] = {
     "max": range_max,
     "percentile": range_percentile,
     "mse": range_mse,
@@ -153,56 +198,124 @@ RANGE_ESTIMATORS: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 
 class ActivationQuantizer(nn.Module):
-    """Per-tensor fake quantization of a non-negative activation, unsigned, zero_point 0.
+    """Per-tensor fake quantization of an activation.
 
-    While observing, the range's upper end is a bias-corrected average (decay 0.9) of the
-    estimator's value for each batch; afterwards it is frozen.
+    While observing, the ends of the range are bias-corrected averages (decay 0.9) of the
+    estimator's values for each batch; afterwards they are frozen. Unsigned with zero point 0 where
+    nothing below zero was seen; else asymmetric with a zero point, or, symmetric, signed without.
+
+    Args:
+        bit_width, scheme, ste, range_estimator: see :class:`QuantizationConfig`.
+        nonnegative: known beforehand of the activation, which makes the gradient cheaper.
     """
 
     decay = 0.9
 
-    def __init__(self, bit_width: int, *, ste: str, range_estimator: str) -> None:
+    def __init__(
+        self, bit_width: int, *, scheme: str, ste: str, range_estimator: str,
+        nonnegative: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.bit_width, self.ste, self.range_estimator = bit_width, ste, range_estimator
-        self.observing = False
-        self.register_buffer("average", torch.zeros(()))
+        self.bit_width, self.scheme, self.ste = bit_width, scheme, ste
+        self.range_estimator, self.nonnegative = range_estimator, nonnegative
+        self.enabled, self.observing = True, False
+        self.register_buffer("averages", torch.zeros(2))  # of the lower and the upper end
         self.register_buffer("batches", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros(()))
+        self._known: tuple[Any, ...] = ()
+
+    @property
+    def signed(self) -> bool:
+        """Whether something below zero was seen, and the scheme is symmetric: +-qmax around 0."""
+        return self.scheme == "symmetric" and bool(self.averages[0] < 0)
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Take one batch into the range."""
-        high = RANGE_ESTIMATORS[self.range_estimator](x, self.bit_width)
-        self.average.lerp_(high, 1 - self.decay)
+        low, high = RANGE_ESTIMATORS[self.range_estimator](x, self.bit_width)
+        if self.scheme == "symmetric" and low < 0:
+            high = torch.maximum(high, -low)
+        self.averages.lerp_(torch.stack([low.clamp(max=0), high]), 1 - self.decay)
         self.batches += 1
-        high = self.average / (1 - self.decay**self.batches)
-        scale, _ = scale_and_zero_point(
-            torch.zeros_like(high), high, self.bit_width, "asymmetric", signed=False
+        low, high = self.averages / (1 - self.decay**self.batches)
+        scheme = "symmetric" if self.signed else "asymmetric"
+        scale, zero_point = scale_and_zero_point(
+            low, high, self.bit_width, scheme, signed=self.signed
         )
         self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    def bounds(self) -> tuple[int, int, int]:
+        """(qmin, qmax, zero_point) as numbers, with which a clamp is ten times faster in bf16."""
+        state = id(self.zero_point), self.zero_point._version
+        if not self._known or self._known[0] != state:
+            scheme = "symmetric" if self.signed else "asymmetric"
+            qmin, qmax = integer_range(self.bit_width, scheme, signed=self.signed)
+            self._known = (state, (qmin, qmax, int(self.zero_point)))
+        return self._known[1]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observing:
             self.observe(x)
-        qmin, qmax = integer_range(self.bit_width, "asymmetric", signed=False)
-        # A zero_point known beforehand keeps the clamp's bounds numbers, ten times faster in bf16.
-        return fake_quantize(x, self.scale, 0, qmin, qmax, ste=self.ste, nonnegative=True)
+        if not self.enabled:
+            return x
+        qmin, qmax, zero_point = self.bounds()
+        return fake_quantize(
+            x, self.scale, zero_point, qmin, qmax, ste=self.ste, nonnegative=self.nonnegative
+        )
 
     def extra_repr(self) -> str:
         return f"bit_width={self.bit_width}, ste={self.ste}, range_estimator={self.range_estimator}"
 
 
+Quantizer = WeightQuantizer | ActivationQuantizer
+
+
+def quantizers(student: nn.Module) -> list[Quantizer]:
+    """Those of a student, of weights and of activations."""
+    return [m for m in student.modules() if isinstance(m, Quantizer)]
+
+
 @contextmanager
 def observing(student: nn.Module) -> Iterator[None]:
     """While inside, the student's activation quantizers learn their ranges from what they see."""
-    quantizers = [m for m in student.modules() if isinstance(m, ActivationQuantizer)]
+    with _switched(student, ActivationQuantizer, "observing", True):
+        yield
+
+
+@contextmanager
+def unquantized(student: nn.Module) -> Iterator[None]:
+    """While inside, the student computes with latent weights and with activations as they are."""
+    with _switched(student, Quantizer, "enabled", False):
+        yield
+
+
+@contextmanager
+def weights_quantized_once(student: nn.Module) -> Iterator[None]:
+    """While inside, every forward uses the weights that the first one quantized, with their graph.
+
+    As torch's ``parametrize.cached``, which is one cache for all threads and their networks.
+    """
     try:
-        for quantizer in quantizers:
-            quantizer.observing = True
+        with _switched(student, WeightQuantizer, "remembering", True):
+            yield
+    finally:
+        for quantizer in quantizers(student):
+            quantizer.remembered = None
+
+
+@contextmanager
+def _switched(student: nn.Module, kinds: Any, name: str, value: bool) -> Iterator[None]:
+    chosen = [q for q in quantizers(student) if isinstance(q, kinds)]
+    before = [getattr(q, name) for q in chosen]
+    try:
+        for quantizer in chosen:
+            setattr(quantizer, name, value)
         yield
     finally:
-        for quantizer in quantizers:
-            quantizer.observing = False
+        for quantizer, old in zip(chosen, before, strict=True):
+            setattr(quantizer, name, old)
 
 
 def check_bits(name: str, bits: int) -> None:

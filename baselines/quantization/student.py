@@ -1,332 +1,156 @@
-"""From a trained network to its quantized copy: torch.fx finds the tensors, a policy lists them."""
+"""From a traced network to its quantized copy."""
 
+import copy
 import operator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from baselines.errors import UnsupportedLayerError
-from baselines.quantization.batch_norms import (
+from baselines.quantization.batch_norms import NormalisedConv, fold, normalised_convolutions
+from baselines.quantization.graph import (
     BATCH_NORMS,
-    CONVOLUTIONS,
-    NormalisedConv,
+    FUNCTIONS,
+    TRANSPOSED,
+    WEIGHTED,
+    attribute,
     bypass,
     called,
     cleaned,
-    fold,
-    normalised_convolutions,
-    traced,
 )
-from baselines.quantization.quantizers import (
-    RANGE_ESTIMATORS,
-    SCHEMES,
-    STES,
-    ActivationQuantizer,
-    WeightQuantizer,
-    check_bits,
-    check_choice,
+from baselines.quantization.placement import (
+    is_average,
+    is_relu,
+    maker,
+    makers_before,
+    of_images_alone,
+    weighted_nodes,
 )
+from baselines.quantization.policy import QuantizationConfig
+from baselines.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 
-WEIGHTED = (*CONVOLUTIONS, nn.Linear)
-RELUS = (nn.ReLU, nn.ReLU6)
-RELU_FUNCTIONS = (F.relu, F.relu6, F.relu_, torch.relu, torch.relu_)
-RELU_METHODS = ("relu", "relu_")
-# Values pass through these as they are, so a quantized tensor stays one.
-TRANSPARENT = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Flatten, nn.Identity, nn.Dropout)
-TRANSPARENT_FUNCTIONS = (
-    torch.flatten, F.max_pool2d, F.dropout, F.pad, operator.getitem, torch.reshape, torch.squeeze,
-    torch.chunk, torch.split, torch.transpose, torch.permute, torch.cat, torch.stack,
+# Products of two activations: no layer's weight is in them, and no quantizer would see them.
+_PRODUCTS = (
+    torch.matmul, torch.bmm, torch.mm, torch.einsum, torch.baddbmm, torch.addmm, operator.matmul,
+    F.scaled_dot_product_attention, F.multi_head_attention_forward, F.bilinear,
 )  # fmt: skip
-TRANSPARENT_METHODS = (
-    "flatten", "view", "reshape", "contiguous", "squeeze", "chunk", "split", "transpose", "permute",
-)  # fmt: skip
-SUMS = (operator.add, operator.iadd, torch.add)
-AVERAGES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool1d)
-# Activation functions without a quantizer here: leaving them in floating point would go unseen.
-FOREIGN_ACTIVATIONS = (
-    nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU,
-    nn.CELU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Hardtanh, nn.RReLU, nn.Threshold,
-    nn.Softsign, nn.LogSigmoid, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.GLU,
-)  # fmt: skip
-FOREIGN_FUNCTIONS = {
-    "silu", "gelu", "hardswish", "hardsigmoid", "leaky_relu", "prelu", "elu", "selu", "celu",
-    "mish", "sigmoid", "tanh", "softplus", "hardtanh", "rrelu", "threshold", "softsign",
-    "logsigmoid", "tanhshrink", "softshrink", "hardshrink", "glu", "clamp", "clamp_", "clamp_min",
-    "clamp_max", "clip", "maximum", "minimum", "conv1d", "conv2d", "conv3d", "linear",
-    "conv_transpose2d", "matmul", "bmm", "einsum", "scaled_dot_product_attention",
-}  # fmt: skip
+_PRODUCT_METHODS = ("matmul", "bmm", "mm", "baddbmm", "addmm")
+EDGE_BITS = 8  # of the image, averages and the last layer's input
 
 
-@dataclass(frozen=True)
-class QuantizationConfig:
-    """How the student is quantized.
-
-    Args:
-        weight_bits, act_bits: 2 to 8.
-        scheme: ``"asymmetric"`` or ``"symmetric"`` weights.
-        ste: straight-through gradient of the activations, ``"identity"`` or ``"clipped"``.
-        range_estimator: of the activations, ``"max"``, ``"percentile"`` or ``"mse"``.
-        edge_bits: bits for the first and last layer's weights and the last layer's input, or None
-            to treat them as the others.
-        fold_batch_norm: fold each BatchNorm into the convolution before it.
-    """
-
-    weight_bits: int = 3
-    act_bits: int = 3
-    scheme: str = "asymmetric"
-    ste: str = "identity"
-    range_estimator: str = "max"
-    edge_bits: int | None = None
-    fold_batch_norm: bool = False
-
-    def __post_init__(self) -> None:
-        check_bits("weight_bits", self.weight_bits)
-        check_bits("act_bits", self.act_bits)
-        if self.edge_bits is not None:
-            check_bits("edge_bits", self.edge_bits)
-        check_choice("scheme", self.scheme, SCHEMES)
-        check_choice("ste", self.ste, STES)
-        check_choice("range_estimator", self.range_estimator, RANGE_ESTIMATORS)
-
-
-@dataclass
-class BitPolicy:
-    """What is quantized how, and what stays in floating point; ``str()`` is a table."""
-
-    rows: list[tuple[str, str, str, str]] = field(default_factory=list)
-
-    def add(self, tensor: str, kind: str, bits: str, detail: str) -> None:
-        self.rows.append((tensor, kind, bits, detail))
-
-    def __str__(self) -> str:
-        rows = [("tensor", "kind", "bits", "how"), *self.rows]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = [
-            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]])
-            for row in rows
-        ]
-        return "\n".join(line.rstrip() for line in lines)
-
-
-def build_student(
-    teacher: nn.Module, config: QuantizationConfig
-) -> tuple[fx.GraphModule, BitPolicy]:
-    """A quantized copy of ``teacher`` in eval mode, and its bit policy.
+def build_student(network: fx.GraphModule, config: QuantizationConfig) -> fx.GraphModule:
+    """A quantized copy of a traced network (:func:`baselines.quantization.graph.traced`).
 
     Weights of Conv and Linear are quantized per output channel by a parametrization; an activation
-    quantizer follows every ReLU or ReLU6 *call*, so a module used twice gets two ranges.
+    quantizer stands behind each *call* that makes what ``config.activations`` says, so a module
+    used twice gets two ranges. ``student.meta["config"]`` is ``config``.
 
     Raises:
-        UnsupportedLayerError: naming what cannot be traced or quantized. ``teacher`` is untouched.
+        UnsupportedLayerError: naming what cannot be quantized. ``network`` is untouched.
     """
-    student = traced(teacher)
+    student = copy.deepcopy(network)
     _refuse_unsupported(student)
     if config.fold_batch_norm:
-        _fold_batch_norms(student)
-    policy = BitPolicy()
-    _quantize_weights(student, config, policy)
-    _quantize_activations(student, config, policy)
-    _list_floating_point(student, policy)
-    _join_batch_norms(student)
-    return cleaned(student), policy
-
-
-def _refuse_unsupported(student: fx.GraphModule) -> None:
-    weighted = 0
-    for node in student.graph.nodes:
-        module, name = called(student, node), str(node.target)
-        kind = (
-            type(module).__name__ if module is not None else getattr(node.target, "__name__", name)
-        )
-        if node.op == "get_attr" and isinstance(_attribute(student, name), nn.Parameter):
-            raise UnsupportedLayerError(
-                f"parameter {name!r} is used outside of a layer; only the weights of Conv and "
-                "Linear modules can be quantized"
-            )
-        what = repr(kind) if module is None else f"{name!r} ({kind})"
-        foreign = node.op in ("call_function", "call_method") and kind in FOREIGN_FUNCTIONS
-        if foreign or (isinstance(module, FOREIGN_ACTIVATIONS) and not isinstance(module, RELUS)):
-            raise UnsupportedLayerError(
-                f"{what} cannot be quantized: activations must be ReLU or ReLU6, and "
-                "weights must belong to Conv or Linear modules; replace it and fine-tune first"
-            )
-        if isinstance(module, WEIGHTED):
-            weighted += 1
-        elif (
-            module is not None
-            and not isinstance(module, BATCH_NORMS)
-            and any(True for _ in module.parameters())
-        ):
-            raise UnsupportedLayerError(
-                f"layer {name!r} ({kind}) has weights that cannot be quantized; supported are "
-                "Conv1d/2d/3d, Linear and BatchNorm"
-            )
-    if not weighted:
-        raise UnsupportedLayerError("the network has no Conv or Linear module to quantize")
-
-
-def _attribute(student: fx.GraphModule, target: str) -> Any:
-    value: Any = student
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _fold_batch_norms(student: fx.GraphModule) -> None:
-    """conv -> BatchNorm becomes one conv with weights of its own; exact in eval mode."""
-    for source, node in normalised_convolutions(student):
-        fold(called(student, source), called(student, node))
-        bypass(student, node, source)
-
-
-def _join_batch_norms(student: fx.GraphModule) -> None:
-    """conv -> BatchNorm becomes one :class:`NormalisedConv`; the parameters stay what they are."""
-    for source, node in normalised_convolutions(student):
+        for source, node in normalised_convolutions(student):
+            fold(called(student, source), called(student, node))
+            bypass(student, node, source)
+    _quantize_weights(student, config)
+    place = {"inputs": _places_of_inputs, "relu": _places_of_relus}[config.activations]
+    for node, bits in place(student, config).items():
+        _quantize_activation(student, config, node, bits)
+    for source, node in normalised_convolutions(student):  # what was not folded
         joined = NormalisedConv(called(student, source), called(student, node))
         student.set_submodule(str(source.target), joined)
         bypass(student, node, source)
+    student.meta["config"] = config
+    return cleaned(student)
 
 
-def _quantize_weights(
-    student: fx.GraphModule, config: QuantizationConfig, policy: BitPolicy
-) -> None:
-    names = [n.target for n in student.graph.nodes if isinstance(called(student, n), WEIGHTED)]
+def _refuse_unsupported(student: fx.GraphModule) -> None:
+    for node in student.graph.nodes:
+        module, name = called(student, node), str(node.target)
+        if node.op == "get_attr" and isinstance(attribute(student, name), nn.Parameter):
+            users = ", ".join(repr(user.name) for user in node.users)
+            raise UnsupportedLayerError(
+                f"parameter {name!r} is used outside of a layer (by {users}); only the weights of "
+                "Conv and Linear layers and of BatchNorms are supported: make it part of one"
+            )
+        if node.op == "call_function" and node.target in FUNCTIONS:
+            raise UnsupportedLayerError(
+                f"{node.name!r} ({node.target.__name__}) has weights that are computed from the "
+                "images; only constant ones can be quantized"
+            )
+        if (node.op == "call_function" and node.target in _PRODUCTS) or (
+            node.op == "call_method" and node.target in _PRODUCT_METHODS
+        ):
+            raise UnsupportedLayerError(
+                f"{node.name!r} multiplies matrices outside of a layer, as attention does, and "
+                "cannot be quantized; supported are networks of Conv, Linear and BatchNorm layers"
+            )
+        if (
+            module is not None
+            and not isinstance(module, (*WEIGHTED, *BATCH_NORMS, nn.PReLU))
+            and any(True for _ in module.parameters())
+        ):
+            raise UnsupportedLayerError(
+                f"layer {name!r} ({type(module).__name__}) has weights that cannot be quantized; "
+                "supported are Conv (also transposed), Linear, BatchNorm and PReLU"
+            )
+    if not weighted_nodes(student):
+        raise UnsupportedLayerError("the network has no Conv or Linear layer to quantize")
+
+
+def _quantize_weights(student: fx.GraphModule, config: QuantizationConfig) -> None:
+    names = [str(node.target) for node in weighted_nodes(student)]
     for name in dict.fromkeys(names):
         edge = config.edge_bits is not None and name in (names[0], names[-1])
-        bits = config.edge_bits if edge else config.weight_bits
-        assert bits is not None
+        bits: Any = config.edge_bits if edge else config.weight_bits
         module = student.get_submodule(name)
-        shape = "x".join(map(str, module.weight.shape))
-        parametrize.register_parametrization(module, "weight", WeightQuantizer(bits, config.scheme))
-        policy.add(f"{name}.weight", "weight", str(bits), f"{shape}, per channel, {config.scheme}")
+        groups = module.groups if isinstance(module, TRANSPOSED) else None
+        quantizer = WeightQuantizer(bits, config.scheme, groups)
+        parametrize.register_parametrization(module, "weight", quantizer)
 
 
-def _is_relu(student: fx.GraphModule, node: fx.Node) -> bool:
-    return (
-        isinstance(called(student, node), RELUS)
-        or (node.op == "call_function" and node.target in RELU_FUNCTIONS)
-        or (node.op == "call_method" and node.target in RELU_METHODS)
-    )
+def _places_of_inputs(student: fx.GraphModule, config: QuantizationConfig) -> dict[fx.Node, int]:
+    """Behind which nodes to quantize with how many bits: all that weighted layers read."""
+    images, weighted = of_images_alone(student), weighted_nodes(student)
+    edge = config.edge_bits or EDGE_BITS
+    places = {}
+    for node in weighted:
+        source = maker(student, node.all_input_nodes[0])
+        precise = source in images or is_average(student, source) or node is weighted[-1]
+        places[source] = max(places.get(source, 0), edge if precise else config.act_bits)
+    return places
 
 
-def _quantize_activations(
-    student: fx.GraphModule, config: QuantizationConfig, policy: BitPolicy
-) -> None:
-    relus = [node for node in student.graph.nodes if _is_relu(student, node)]
+def _places_of_relus(student: fx.GraphModule, config: QuantizationConfig) -> dict[fx.Node, int]:
+    """Behind every ReLU; what enters the last layer may have other bits."""
+    relus = [node for node in student.graph.nodes if is_relu(student, node)]
     if not relus:
         raise UnsupportedLayerError(
-            "the network has no ReLU or ReLU6, so none of its activations could be quantized"
+            "the network has no ReLU or ReLU6, so activations='relu' quantizes none of its "
+            "activations; choose activations='inputs'"
         )
-    _refuse_hidden_writes(student, relus)
-    last = [n for n in student.graph.nodes if isinstance(called(student, n), WEIGHTED)][-1]
-    before_last = _sources(student, last.all_input_nodes[0], through_averages=True)
-    for node in relus:
-        edge = config.edge_bits is not None and node in before_last
-        bits = config.edge_bits if edge else config.act_bits
-        assert bits is not None
-        name = f"{node.name}_quantizer"
-        student.add_submodule(
-            name, ActivationQuantizer(bits, ste=config.ste, range_estimator=config.range_estimator)
-        )
-        with student.graph.inserting_after(node):
-            quantized = student.graph.call_module(name, (node,))
-        node.replace_all_uses_with(
-            quantized, delete_user_cb=lambda user, q=quantized: user is not q
-        )
-        how = f"per tensor, unsigned, {config.range_estimator} range, {config.ste} gradient"
-        policy.add(node.name, "activation", str(bits), how)
+    last = makers_before(student, weighted_nodes(student)[-1])
+    edge = config.edge_bits or config.act_bits
+    return {node: edge if node in last else config.act_bits for node in relus}
 
 
-def _refuse_hidden_writes(student: fx.GraphModule, relus: list[fx.Node]) -> None:
-    """An in-place ReLU changes its input too, and no quantizer would see who reads that."""
-    position = {node: i for i, node in enumerate(student.graph.nodes)}
-    for node in relus:
-        in_place = (
-            getattr(called(student, node), "inplace", False)
-            or node.kwargs.get("inplace", False)
-            or node.target in (F.relu_, torch.relu_, "relu_")
-        )
-        source = node.all_input_nodes[0]
-        if in_place and any(position[user] > position[node] for user in source.users):
-            raise UnsupportedLayerError(
-                f"the input of the in-place ReLU {node.name!r} is used again after it; use its "
-                "result instead, or a ReLU that is not in place"
-            )
-
-
-def _sources(
-    student: fx.GraphModule, value: fx.Node, *, through_averages: bool = False
-) -> list[fx.Node]:
-    """The nodes whose values are those of ``value``, however rearranged."""
-    passing = TRANSPARENT + (AVERAGES if through_averages else ())
-    if value.all_input_nodes and (
-        isinstance(called(student, value), passing)
-        or (value.op == "call_function" and value.target in TRANSPARENT_FUNCTIONS)
-        or (value.op == "call_method" and value.target in TRANSPARENT_METHODS)
-        or (value.target is F.avg_pool2d and value.args[1:2] == (1,))  # of one value each
-        or (through_averages and _is_average(student, value))
-    ):
-        joined = value.target in (torch.cat, torch.stack)
-        inputs = value.all_input_nodes if joined else value.all_input_nodes[:1]
-        found = [_sources(student, i, through_averages=through_averages) for i in inputs]
-        return [node for nodes in found for node in nodes]
-    return [value]
-
-
-def _is_average(student: fx.GraphModule, node: fx.Node) -> bool:
-    return (
-        isinstance(called(student, node), AVERAGES)
-        or (node.op == "call_function" and "avg_pool" in getattr(node.target, "__name__", ""))
-        or (node.op in ("call_method", "call_function") and "mean" in str(node.target))
+def _quantize_activation(
+    student: fx.GraphModule, config: QuantizationConfig, node: fx.Node, bits: int
+) -> None:
+    name = f"{node.name}_quantizer"
+    quantizer = ActivationQuantizer(
+        bits,
+        scheme=config.scheme,
+        ste=config.ste,
+        range_estimator=config.range_estimator,
+        nonnegative=is_relu(student, node),
     )
-
-
-def _list_floating_point(student: fx.GraphModule, policy: BitPolicy) -> None:
-    """What enters a weighted layer or a sum and that no quantizer has seen."""
-    listed: set[fx.Node] = set()
-    for node in student.graph.nodes:
-        is_sum = node.op == "call_function" and node.target in SUMS
-        weighted = isinstance(called(student, node), WEIGHTED)
-        inputs = node.all_input_nodes if is_sum else node.all_input_nodes[:1] if weighted else ()
-        for source in (s for value in inputs for s in _sources(student, value)):
-            if source in listed:
-                continue
-            why = _why_floating_point(student, source)
-            if why is not None:
-                listed.add(source)
-                policy.add(source.name, "activation", "float", why)
-    policy.add("biases, BatchNorm, logits", "other", "float", "not quantized")
-
-
-def _why_floating_point(student: fx.GraphModule, node: fx.Node) -> str | None:
-    module = called(student, node)
-    if isinstance(module, ActivationQuantizer):
-        return None
-    if node.op == "placeholder":
-        return "the input image"
-    if node.op == "call_function" and node.target in SUMS:
-        return "sum after a residual add"
-    if isinstance(module, (*WEIGHTED, *BATCH_NORMS)):
-        return "output without a ReLU (linear bottleneck or residual branch)"
-    if _is_average(student, node):
-        return "average"
-    return "no ReLU between it and the next layer"
-
-
-def image_channels(network: nn.Module) -> int | None:
-    """Those of the first convolution that ``network`` runs; None if it has none."""
-    graph = traced(network)
-    modules = (called(graph, node) for node in graph.graph.nodes)
-    return next((m.in_channels for m in modules if isinstance(m, CONVOLUTIONS)), None)
-
-
-def check_logits_shape(logits: Tensor) -> int:
-    """The number of classes of (N, C) logits."""
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UnsupportedLayerError(f"the network must return logits (N, C), got {got}")
-    return logits.shape[1]
+    student.add_submodule(name, quantizer)
+    with student.graph.inserting_after(node):
+        quantized = student.graph.call_module(name, (node,))
+    node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)

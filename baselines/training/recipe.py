@@ -23,8 +23,8 @@ class Recipe:
         student_lr, generator_lr: peak rates (the generator's optimizer is Adam, betas 0.5/0.999).
         schedule: ``"steps"``, x0.1 at each of ``milestones``; ``"cosine"`` to 0; ``"constant"``.
         milestones: shares of the steps (default: each quarter, as published for CIFAR).
-        ste, range_estimator, fold_batch_norm: see
-            :class:`baselines.quantization.student.QuantizationConfig`.
+        activations, ste, range_estimator, fold_batch_norm: see
+            :class:`baselines.quantization.policy.QuantizationConfig`.
     """
 
     steps: int
@@ -35,6 +35,7 @@ class Recipe:
     student_lr: float
     generator_lr: float
     schedule: str
+    activations: str
     ste: str
     range_estimator: str
     fold_batch_norm: bool

@@ -26,15 +26,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from agm import Hook
 from agm.hooks import Network
 from baselines.errors import CheckpointError, ConfigError, NonFiniteLossError
 from baselines.quantization.batch_norms import with_folded_norms
-from baselines.quantization.quantizers import observing
-from baselines.quantization.student import QuantizationConfig, build_student, check_logits_shape
+from baselines.quantization.graph import Reference, check_logits_shape, traced
+from baselines.quantization.policy import BitPolicy, QuantizationConfig, bit_policy
+from baselines.quantization.quantizers import observing, unquantized, weights_quantized_once
+from baselines.quantization.student import build_student
 from baselines.training.bn_stats import batch_norm_statistics, normalising_layers
+from baselines.training.input_range import InRange, input_range
 from baselines.training.recipe import Recipe
 
 
@@ -67,6 +69,9 @@ class Trainer:
         method, recipe: what to learn from and how.
         config: bits and quantizers.
         image_shape: (channels, s, s).
+        input_mean, input_std: of the images that the teacher was trained on, as it takes them, one
+            number or one a channel; generated ones get the same. None: as its first BatchNorm
+            tells.
         hooks: the add-ons, called in this order.
         seed: of the generator's initial weights and of all draws.
         device: where to train.
@@ -74,7 +79,8 @@ class Trainer:
             computes in it, else fp32.
 
     Attributes:
-        student, policy: the quantized network and what was quantized how.
+        student: the quantized network.
+        input_mean, input_std: (C,), what generated images are made to have.
         step_count: steps done.
     """
 
@@ -87,6 +93,8 @@ class Trainer:
         config: QuantizationConfig,
         image_shape: tuple[int, int, int],
         hooks: Sequence[Hook] = (),
+        input_mean: Sequence[float] | float | None = None,
+        input_std: Sequence[float] | float | None = None,
         seed: int = 0,
         device: str | torch.device = "cpu",
         precision: str = "auto",
@@ -95,16 +103,29 @@ class Trainer:
         self.hooks, self.seed = list(hooks), seed
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
-        teacher = copy.deepcopy(teacher).float()
-        student, self.policy = build_student(teacher, config)
+        network = traced(teacher, image_shape)
+        mean, std = input_range(network, input_mean, input_std)
+        self.input_mean, self.input_std = mean, std
+        noise = torch.randn(4, *image_shape, generator=torch.Generator().manual_seed(seed))
+        reference = Reference(
+            teacher, torch.addcmul(mean[:, None, None], std[:, None, None], noise)
+        )
+        reference.check(network, "traced")
+        student = build_student(network, config)
+        with unquantized(student):
+            reference.check(student, "student's")
         self.student = self._place(student.requires_grad_(True))
-        self.teacher = self._place(with_folded_norms(teacher).requires_grad_(False))
+        folded = with_folded_norms(network)
+        reference.check(folded, "teacher's")
+        self.teacher = self._place(folded.requires_grad_(False))
         self.layers = normalising_layers(self.teacher)
-        self.num_classes = self._count_classes(image_shape)
+        self.num_classes = check_logits_shape(reference.logits)
         # Seeds the CPU's generator alone: torch.manual_seed would reach every GPU's.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             generator = method.make_generator(self.teacher, self.num_classes, image_shape)
+        if mean.any() or (std != 1).any():
+            generator = InRange(generator, mean, std)
         self.generator = self._place(generator.train())
         self.generator_optimizer, self.student_optimizer = recipe.optimizers(
             self.generator, self.student
@@ -117,6 +138,11 @@ class Trainer:
         # To ask is to wait for the device, which costs nothing on the CPU alone.
         self.ask_every = 1 if self.device.type == "cpu" else 50
         self._unasked: list[tuple[int, list[str], Tensor]] = []
+
+    @property
+    def policy(self) -> BitPolicy:
+        """What is quantized how."""
+        return bit_policy(self.student)
 
     @property
     def warming_up(self) -> bool:
@@ -135,7 +161,7 @@ class Trainer:
         self.generator_optimizer.param_groups[0]["lr"] = self.recipe.generator_lr * factor
         self.student_optimizer.param_groups[0]["lr"] = self.recipe.student_lr * factor
         latents, labels = self.generator.sample(self.recipe.batch_size, self.rng)
-        with parametrize.cached():  # the student's weights are quantized once a step
+        with weights_quantized_once(self.student):
             generated = self._run(self.generator, *latents)
             images = generated.detach().requires_grad_()
             student = Remembered(lambda x: self._run(self.student, x).float())
@@ -230,17 +256,6 @@ class Trainer:
             f"{dict(zip(names, values.tolist(), strict=True))}; the weights are those before this "
             "step. Lower the learning rate, or check that the teacher gives finite logits"
         )
-
-    @torch.no_grad()
-    def _count_classes(self, image_shape: tuple[int, int, int]) -> int:
-        try:
-            logits = self.teacher(torch.zeros(2, *image_shape, device=self.device))
-        except Exception as error:  # the user's network may raise anything
-            size = "x".join(map(str, image_shape))
-            raise ConfigError(
-                f"the teacher does not take {size} images ({error}); set image_size"
-            ) from error
-        return check_logits_shape(logits)
 
     def _run(self, network: nn.Module, *inputs: Tensor) -> Tensor:
         with torch.autocast(

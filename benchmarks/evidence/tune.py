@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from agm import AGM, AgmError, Hook
 from baselines import METHODS
-from baselines.quantization.student import QuantizationConfig
+from baselines.quantization.policy import QuantizationConfig
 from baselines.training.trainer import Trainer
 from benchmarks import compare
 from benchmarks.errors import UsageError
@@ -101,8 +101,8 @@ def main(argv: list[str]) -> int:
         recipe = replace(recipe, **given | changes["recipe"])
         losses = replace(losses, **changes["method"])
         config = QuantizationConfig(
-            weight_bits, act_bits, ste=recipe.ste, range_estimator=recipe.range_estimator,
-            fold_batch_norm=recipe.fold_batch_norm,
+            weight_bits, act_bits, activations=recipe.activations, ste=recipe.ste,
+            range_estimator=recipe.range_estimator, fold_batch_norm=recipe.fold_batch_norm,
         )  # fmt: skip
         for seed in range(args.first_seed, args.first_seed + args.seeds):
             hooks: list[Hook] = [AGM(seed=seed, **changes["agm"])] if own.agm else []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.errors import ConfigError
-from baselines.quantization.student import image_channels
+from baselines.quantization.graph import image_channels
 from baselines.training.trainer import resolve_device
 from benchmarks.errors import UsageError
 from benchmarks.task import datasets, teachers
@@ -81,7 +81,7 @@ def load_task(args: argparse.Namespace) -> Task:
             f"the model {args.model!r} comes with random weights; pass trained ones by --weights, "
             "a file that torch.save made of a state_dict"
         )
-    channels = image_channels(teacher)
+    channels = image_channels(teacher, size)
     if channels is None:
         raise UsageError(f"the model {args.model!r} has no convolution, so it takes no images")
     if args.data is not None and channels != 3:

@@ -1,0 +1,118 @@
+"""Where the activations that weighted layers read are made."""
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from baselines.quantization.batch_norms import NormalisedConv
+from baselines.quantization.graph import BATCH_NORMS, WEIGHTED, argument, called
+from baselines.quantization.quantizers import ActivationQuantizer
+
+# Values pass through these as they are, so a quantized tensor stays one.
+_TRANSPARENT = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
+    nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle,
+    nn.UpsamplingNearest2d, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d,
+)  # fmt: skip
+_TRANSPARENT_FUNCTIONS = (
+    torch.flatten, operator.getitem, torch.reshape, torch.squeeze, torch.unsqueeze, torch.chunk,
+    torch.split, torch.transpose, torch.permute, F.max_pool1d, F.max_pool2d, F.max_pool3d,
+    F.adaptive_max_pool2d, F.pixel_shuffle, F.channel_shuffle, torch.narrow,
+)  # fmt: skip
+_TRANSPARENT_METHODS = (
+    "flatten", "view", "reshape", "contiguous", "squeeze", "unsqueeze", "chunk", "split",
+    "transpose", "permute", "expand", "repeat", "narrow", "unflatten", "clone", "detach",
+)  # fmt: skip
+_RELUS = (nn.ReLU, nn.ReLU6)
+_RELU_FUNCTIONS = (F.relu, F.relu6, F.relu_, torch.relu, torch.relu_)
+_AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
+_AVERAGE_FUNCTIONS = ("avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d")
+
+
+def weighted_layer(student: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The Conv or Linear that a node calls, also inside of a :class:`NormalisedConv`."""
+    module = called(student, node)
+    module = module.conv if isinstance(module, NormalisedConv) else module
+    return module if isinstance(module, WEIGHTED) else None
+
+
+def weighted_nodes(student: fx.GraphModule) -> list[fx.Node]:
+    """The calls of Conv and Linear, in order."""
+    return [node for node in student.graph.nodes if weighted_layer(student, node) is not None]
+
+
+def is_relu(student: fx.GraphModule, node: fx.Node) -> bool:
+    """A call of ReLU or ReLU6."""
+    return (
+        isinstance(called(student, node), _RELUS)
+        or (node.op == "call_function" and node.target in _RELU_FUNCTIONS)
+        or (node.op == "call_method" and node.target == "relu")
+    )
+
+
+def is_quantizer(student: fx.GraphModule, node: fx.Node) -> bool:
+    """A call of an activation quantizer."""
+    return isinstance(called(student, node), ActivationQuantizer)
+
+
+def is_average(student: fx.GraphModule, node: fx.Node) -> bool:
+    """A pooled or plain mean, of more than one value each."""
+    name = getattr(node.target, "__name__", node.target)
+    if node.op == "call_module":
+        return isinstance(called(student, node), _AVERAGES)
+    return name == "mean" or (name in _AVERAGE_FUNCTIONS and not _of_one_value(node))
+
+
+def maker(student: fx.GraphModule, value: fx.Node) -> fx.Node:
+    """The node where the values of ``value`` come from, however rearranged."""
+    node, found = value, value
+    while _is_transparent(student, node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        if node.meta.get("is_tensor", True):  # not the tuple of chunks, whose source may be one
+            found = node
+    return found
+
+
+def _is_transparent(student: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(called(student, node), _TRANSPARENT)
+    if node.op == "call_method":
+        return node.target in _TRANSPARENT_METHODS
+    if node.op != "call_function":
+        return False
+    if node.target is F.pad:
+        return argument(node, 2, "mode", "constant") != "constant" or not argument(node, 3, "value")
+    if node.target is F.interpolate:
+        return argument(node, 3, "mode", "nearest").startswith("nearest")
+    return node.target in _TRANSPARENT_FUNCTIONS or _of_one_value(node)
+
+
+def _of_one_value(node: fx.Node) -> bool:
+    return node.target is F.avg_pool2d and argument(node, 1, "kernel_size") == 1
+
+
+def makers_before(student: fx.GraphModule, node: fx.Node) -> set[fx.Node]:
+    """Where the values that a node reads are made, also through averages and concatenations."""
+    found: set[fx.Node] = set()
+    todo = list(node.all_input_nodes[:1])
+    while todo:
+        source = maker(student, todo.pop())
+        found.add(source)
+        if is_average(student, source) or source.target in (torch.cat, torch.stack):
+            todo += source.all_input_nodes
+    return found
+
+
+def of_images_alone(student: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that no layer with weights stands before: the images, shifted and scaled or not."""
+    found: set[fx.Node] = set()
+    for node in student.graph.nodes:
+        layer = weighted_layer(student, node) is not None
+        if layer or isinstance(called(student, node), BATCH_NORMS):
+            continue
+        inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        if node.op == "placeholder" or (inputs and all(n in found for n in inputs)):
+            found.add(node)
+    return found
