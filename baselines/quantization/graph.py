@@ -32,8 +32,10 @@ _WEIGHT_HOOKS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
 _TRACING = threading.Lock()  # torch.fx patches nn.Module while it traces
 
 
-def traced(network: nn.Module, image_shape: tuple[int, int, int]) -> fx.GraphModule:
-    """A copy of ``network`` in eval mode and float32, as a graph for images of one size.
+def traced(
+    network: nn.Module, image_shape: tuple[int, int, int], dtype: torch.dtype = torch.float32
+) -> fx.GraphModule:
+    """A copy of ``network`` in eval mode and in ``dtype``, as a graph for images of one size.
 
     Weights lie in Conv, Linear and BatchNorm modules, also those that were used by functions or by
     subclasses with a forward of their own; weight_norm, spectral_norm, other parametrizations and
@@ -43,8 +45,8 @@ def traced(network: nn.Module, image_shape: tuple[int, int, int]) -> fx.GraphMod
     Raises:
         UnsupportedLayerError: if torch.fx cannot follow its forward, or a weight is not there yet.
     """
-    network = without_hooks(own_copy(network))
-    example = torch.zeros(2, *image_shape)
+    network = without_hooks(own_copy(network, dtype))
+    example = torch.zeros(2, *image_shape, dtype=dtype)
     try:
         with torch.no_grad(), _TRACING:
             graph = _ValueTracer(example).trace(_Entry(network))
@@ -69,8 +71,8 @@ def traced(network: nn.Module, image_shape: tuple[int, int, int]) -> fx.GraphMod
     return cleaned(result)
 
 
-def own_copy(network: nn.Module) -> nn.Module:
-    """``network`` with its hooks, in eval mode, float32, on the CPU; the given one is untouched.
+def own_copy(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """``network`` with its hooks, in eval mode, on the CPU; the given one is untouched.
 
     Raises:
         UnsupportedLayerError: a weight is on the meta device or not initialised.
@@ -82,7 +84,7 @@ def own_copy(network: nn.Module) -> nn.Module:
                 f"{name!r} {what}; load its weights, or run the network on a batch, first"
             )
     try:
-        return copy.deepcopy(network).eval().cpu().float()
+        return copy.deepcopy(network).eval().to("cpu", dtype)
     except Exception as error:
         raise UnsupportedLayerError(
             f"{type(network).__name__} cannot be copied ({error}); a tensor kept as an attribute "
@@ -528,7 +530,7 @@ class Reference:
 
     def __init__(self, network: nn.Module, images: Tensor) -> None:
         self.network, self.images = network, images
-        self.logits = self._run(own_copy(network))
+        self.logits = self._run(own_copy(network, images.dtype))
 
     def check(self, other: fx.GraphModule, what: str) -> None:
         """Refuse a copy that computes something else.
@@ -544,7 +546,7 @@ class Reference:
                 "the network gives logits that are not finite for a random batch in the range of "
                 "its inputs; check its weights, and input_mean and input_std"
             )
-        again = self._run(own_copy(self.network))
+        again = self._run(own_copy(self.network, self.images.dtype))
         if not _same(again, self.logits):
             raise UnsupportedLayerError(
                 "the network in eval mode gives other logits for the same images when it is asked "
@@ -563,11 +565,11 @@ class Reference:
     def _run(self, network: nn.Module) -> Tensor:
         logits = network(self.images)
         check_logits_shape(logits)
-        return logits.detach().float()
+        return logits.detach()
 
     def _first_difference(self, other: fx.GraphModule) -> str:
         """The first module, in the order of the copy, that gives something else there."""
-        network = own_copy(self.network)
+        network = own_copy(self.network, self.images.dtype)
         theirs, ours = _outputs(network, self._run), _outputs(copy.deepcopy(other), self._run)
         for name, output in ours.items():
             if name in theirs and not _same(output, theirs[name]):

@@ -28,6 +28,28 @@ def fill(module: nn.Module, seed: int) -> nn.Module:
     return module.eval()
 
 
+def settle(network: nn.Module, size: int, *, channels: int = 3, shift: float = 0.0) -> nn.Module:
+    """BatchNorm statistics of random images for random weights, and lively gains; in eval mode.
+
+    With shifts of 0, deep random networks are chaotic: 0.9 % of noise on the image moves the logits
+    of MobileNetV2 by 22 %. With 1, and a last layer whose terms do not cancel, they are as steady
+    as trained ones.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.0)
+                nn.init.constant_(module.bias, shift)
+    with torch.no_grad():
+        network.train()(images(32, size, seed=1, channels=channels))
+        if shift:
+            last = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)][-1]
+            last.weight.abs_()
+    return network.eval()
+
+
 class Tiny(nn.Module):
     """A residual classifier, (N, channels, s, s) -> (N, classes)."""
 

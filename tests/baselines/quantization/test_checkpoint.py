@@ -30,7 +30,9 @@ from baselines.quantization.checkpoint import (
     previous,
     save,
 )
-from baselines.quantization.student import QuantizationConfig, build_student
+from baselines.quantization.graph import traced
+from baselines.quantization.policy import QuantizationConfig
+from baselines.quantization.student import build_student
 from tests import hostile
 from tests.baselines import Tiny, bits, images, same_state
 
@@ -345,8 +347,11 @@ def test_a_file_of_something_else(path, keys):
 
 
 def save_tiny(path, **config):
-    config = QuantizationConfig(**config)
-    save_quantized(build_student(Tiny(), config)[0], config, path)
+    save_quantized(tiny_student(**config), path)
+
+
+def tiny_student(**config):
+    return build_student(traced(Tiny(), (3, 8, 8)), QuantizationConfig(**config))
 
 
 class Renamed(Tiny):
@@ -419,14 +424,13 @@ def test_three_differences_of_a_kind_are_shown():
 
 def test_a_quantized_network_keeps_its_settings(path):
     settings = {"weight_bits": 5, "act_bits": 2, "scheme": "symmetric", "edge_bits": 8,
-                "ste": "clipped", "range_estimator": "mse", "fold_batch_norm": True}  # fmt: skip
+                "ste": "clipped", "range_estimator": "mse", "fold_batch_norm": True,
+                "activations": "relu"}  # fmt: skip
     save_tiny(path, **settings)
-    loaded, want = (
-        load_quantized(path, Tiny(3)),
-        build_student(Tiny(), QuantizationConfig(**settings)),
-    )
-    assert torch.equal(loaded(images()), want[0](images()))
-    assert [str(m) for m in loaded.modules()][1:] == [str(m) for m in want[0].modules()][1:]
+    loaded, want = load_quantized(path, Tiny(3)), tiny_student(**settings)
+    assert torch.equal(loaded(images()), want(images()))
+    assert [str(m) for m in loaded.modules()][1:] == [str(m) for m in want.modules()][1:]
+    assert loaded.meta["config"] == want.meta["config"]
 
 
 # Fingerprints

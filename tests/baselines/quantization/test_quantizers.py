@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from agm import AgmError
 from baselines.errors import ConfigError
+from baselines.quantization.policy import QuantizationConfig
 from baselines.quantization.quantizers import (
     ActivationQuantizer,
     WeightQuantizer,
@@ -15,8 +16,9 @@ from baselines.quantization.quantizers import (
     integer_range,
     observing,
     scale_and_zero_point,
+    unquantized,
+    weights_quantized_once,
 )
-from baselines.quantization.student import QuantizationConfig
 from tests.baselines import raw, same_state
 from tests.baselines.strategies import (
     activations,
@@ -260,8 +262,10 @@ def test_bfloat16_weights_stay_bfloat16(scheme):
 # Activations
 
 
-def quantizer(bits=3, estimator="max", ste="identity"):
-    return ActivationQuantizer(bits, ste=ste, range_estimator=estimator)
+def quantizer(bits=3, estimator="max", ste="identity", scheme="asymmetric", nonnegative=True):
+    return ActivationQuantizer(
+        bits, scheme=scheme, ste=ste, range_estimator=estimator, nonnegative=nonnegative
+    )
 
 
 def observe(q, *batches):
@@ -339,9 +343,9 @@ def test_a_large_batch_is_judged_by_a_sample_of_known_size(estimator, size):
     x[::5] = 0  # a number of values that an odd stride finds, so that no channel is favoured
     q = quantizer(estimator=estimator)
     observe(q, x)
-    assert q.average == 0
+    assert not q.averages.any()
     observe(q, x[: size // 2])  # and of a small batch every value counts
-    assert q.average > 0
+    assert q.averages[1] > 0
 
 
 @given(seeds)
@@ -352,6 +356,89 @@ def test_mse_range_is_a_hundredth_of_the_largest_value(seed):
     share = 100 * top_of(q) / x.max().item()
     assert share == pytest.approx(round(share), abs=1e-3)
     assert 1 <= round(share) < 100
+
+
+@given(seeds, bit_widths, estimators, schemes, st.floats(-2, 2))
+def test_a_range_of_both_signs(seed, bits, estimator, scheme, shift):
+    x = torch.randn(400, generator=rng(seed)) + shift
+    q = quantizer(bits, estimator, scheme=scheme, nonnegative=False)
+    (out,) = observe(q, x)
+    qmin, qmax, zero = q.bounds()
+    steps = out / q.scale
+    assert (steps - steps.round()).abs().max() < 1e-3
+    assert len(out.unique()) <= 2**bits
+    assert qmin - zero <= steps.round().min() <= steps.round().max() <= qmax - zero
+    assert q(torch.zeros(1)).item() == 0  # zero padding stays zero
+    if scheme == "symmetric":
+        assert zero == 0
+        assert q.signed == bool(qmin < 0) == bool(q.averages[0] < 0)
+    else:
+        assert (qmin, qmax) == (0, 2**bits - 1)
+        assert zero == round(float(-min(q.averages[0] * 10, 0) / q.scale))
+    if estimator == "max":  # inside the range to within half a step
+        bound = 0.5 if scheme == "symmetric" or not zero else 1.0  # and the zero point's rounding
+        assert (out - x).abs().max() <= (bound + 1e-3) * q.scale
+
+
+@given(seeds, bit_widths)
+def test_the_mse_range_of_both_signs_is_no_worse_than_the_largest(seed, bits):
+    x = torch.nn.functional.silu(3 * torch.randn(500, generator=rng(seed)))
+    errors = {}
+    for estimator in ("max", "mse"):
+        (out,) = observe(quantizer(bits, estimator, nonnegative=False), x)
+        errors[estimator] = float((out - x).square().mean())
+    assert errors["mse"] <= errors["max"] * (1 + 1e-4)
+
+
+def test_bounds_follow_the_state():
+    q, other = quantizer(nonnegative=False), quantizer(nonnegative=False)
+    observe(q, torch.tensor([-1.0, 6.0]))
+    assert q.bounds() == (0, 7, 1)
+    other.load_state_dict(q.state_dict())
+    assert other.bounds() == (0, 7, 1)
+    observe(q, *[torch.tensor([-6.0, 1.0])] * 50)
+    assert q.bounds() == (0, 7, 6)
+    assert other.bounds() == (0, 7, 1)
+
+
+def student_of_one():
+    layer = torch.nn.Linear(3, 2)
+    torch.nn.utils.parametrize.register_parametrization(
+        layer, "weight", WeightQuantizer(3, "asymmetric")
+    )
+    return layer
+
+
+def test_weights_are_quantized_once_and_again_outside():
+    layer, x = student_of_one(), torch.ones(1, 3)
+    with weights_quantized_once(layer):
+        first = layer.weight
+        assert layer.weight is first
+        (layer(x).sum() + layer(2 * x).sum()).backward()
+        with torch.no_grad():
+            layer.parametrizations.weight.original.mul_(2)
+        assert layer.weight is first
+    assert torch.allclose(layer.weight, 2 * first)
+    assert torch.equal(layer.parametrizations.weight.original.grad, torch.full((2, 3), 3.0))
+
+
+def test_what_is_remembered_is_forgotten_after_an_error_too():
+    layer = student_of_one()
+    with pytest.raises(RuntimeError, match="shapes"), weights_quantized_once(layer):
+        layer(torch.ones(1, 5))
+    assert layer.parametrizations.weight[0].remembered is None
+    assert layer.weight is not layer.weight
+
+
+def test_unquantized_and_back():
+    layer, q = student_of_one(), quantizer(2)
+    net, x = torch.nn.Sequential(layer, q), torch.randn(4, 3, generator=rng(0))
+    observe(net, x)
+    want = net(x)
+    with unquantized(net):
+        latent = layer.parametrizations.weight.original
+        assert torch.equal(net(x), torch.nn.functional.linear(x, latent, layer.bias))
+    assert torch.equal(net(x), want)
 
 
 def test_nothing_is_observed_unasked_and_no_graph_is_kept():
@@ -370,7 +457,7 @@ def test_arguments_that_are_easily_confused_go_by_name():
         lambda: integer_range(3, "symmetric", True),
         lambda: scale_and_zero_point(-one, one, 3, "symmetric", True),
         lambda: fake_quantize(one, one, 0, 0, 7, "identity"),
-        lambda: ActivationQuantizer(3, "identity", "max"),
+        lambda: ActivationQuantizer(3, "asymmetric", "identity", "max"),
     ):
         with pytest.raises(TypeError, match="positional"):
             call()
