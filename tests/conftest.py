@@ -60,8 +60,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     full = config.stash[CAMPAIGN].full
     chosen: list[list[pytest.Item]] = [[], []]
     for item in items:
-        belongs = "campaign" in getattr(item, "fixturenames", ())
-        chosen[belongs if full else item.get_closest_marker("long") is None].append(item)
+        long = item.get_closest_marker("long") is not None
+        belongs = long or "campaign" in getattr(item, "fixturenames", ())
+        chosen[belongs if full else not long].append(item)
     config.hook.pytest_deselected(items=chosen[False])
     items[:] = chosen[True]
 

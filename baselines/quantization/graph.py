@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from baselines.errors import UnsupportedLayerError
+from baselines.errors import ConfigError, UnsupportedLayerError
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -43,20 +43,29 @@ def traced(
     done in place. No hook is carried over: :class:`Reference` says whether that made a difference.
 
     Raises:
+        ConfigError: if it does not take such images.
         UnsupportedLayerError: if torch.fx cannot follow its forward, or a weight is not there yet.
     """
     network = without_hooks(own_copy(network, dtype))
     example = torch.zeros(2, *image_shape, dtype=dtype)
+    size = "x".join(map(str, image_shape))
+    try:
+        with torch.no_grad():
+            check_logits_shape(network(example))
+    except UnsupportedLayerError:
+        raise
+    except Exception as error:  # the user's forward may raise anything
+        raise ConfigError(
+            f"the network does not take {size} images ({error}); set image_size, or in_channels"
+        ) from error
     try:
         with torch.no_grad(), _TRACING:
             graph = _ValueTracer(example).trace(_Entry(network))
-    except Exception as error:  # the user's forward may raise anything
-        size = "x".join(map(str, image_shape))
+    except Exception as error:
         raise UnsupportedLayerError(
-            f"{type(network).__name__} cannot be traced by torch.fx on {size} images "
-            f"({type(error).__name__}: {error}); its forward must not branch on tensor values: "
-            "rewrite that part, or set the size of its images. Give a compiled or parallel "
-            "network's module inside"
+            f"{type(network).__name__} cannot be traced by torch.fx ({type(error).__name__}: "
+            f"{error}); its forward must not branch on tensor values: rewrite that part. Give a "
+            "compiled or parallel network's module inside"
         ) from error
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
@@ -83,8 +92,11 @@ def own_copy(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modul
             raise UnsupportedLayerError(
                 f"{name!r} {what}; load its weights, or run the network on a batch, first"
             )
+    # What weight_norm keeps between two forwards has a graph, which deepcopy refuses.
+    made = [t for m in network.modules() for t in vars(m).values() if isinstance(t, Tensor)]
+    memo = {id(t): t.detach().clone() for t in made if not t.is_leaf}
     try:
-        return copy.deepcopy(network).eval().to("cpu", dtype)
+        return copy.deepcopy(network, memo).eval().to("cpu", dtype)
     except Exception as error:
         raise UnsupportedLayerError(
             f"{type(network).__name__} cannot be copied ({error}); a tensor kept as an attribute "
@@ -96,8 +108,7 @@ def without_hooks(network: nn.Module) -> nn.Module:
     """``network`` itself, its reparametrized weights made plain and all its hooks taken off."""
     for module in network.modules():
         if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            _bake_parametrizations(module)
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, _WEIGHT_HOOKS):  # which make the weight before each forward
                 _bake_hook(module, hook)
@@ -107,6 +118,16 @@ def without_hooks(network: nn.Module) -> nn.Module:
         module._forward_pre_hooks_with_kwargs.clear()
         module._forward_hooks_always_called.clear()
     return network
+
+
+def _bake_parametrizations(module: nn.Module) -> None:
+    """As remove_parametrizations, which would take them from the class that copies share, too."""
+    with torch.no_grad():
+        values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+    module.__class__ = type(module).__bases__[0]
+    del module.parametrizations
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value))
 
 
 def _bake_hook(module: nn.Module, hook: Any) -> None:
@@ -280,6 +301,8 @@ _DROPOUTS = (nn.modules.dropout._DropoutNd, nn.Identity)
 def _drop_idle(network: fx.GraphModule) -> None:
     """Take out what does nothing in eval mode, and what was true when it was traced."""
     for node in list(network.graph.nodes):
+        if node.op == "call_module" and set(node.kwargs) == {"input"}:
+            node.args, node.kwargs = (node.kwargs["input"],), {}
         name = getattr(node.target, "__name__", str(node.target))
         if node.op == "call_function" and name == "_assert":
             network.graph.erase_node(node)
@@ -410,8 +433,8 @@ def _into_modules(network: fx.GraphModule) -> None:
     made: dict[Any, str] = {}
     for node in list(network.graph.nodes):
         module = called(network, node)
-        if isinstance(module, nn.SyncBatchNorm):  # in eval mode the same numbers
-            network.set_submodule(str(node.target), _plain_norm(module, node))
+        if isinstance(module, nn.SyncBatchNorm) and module.running_mean is not None:  # in eval mode the same numbers
+            network.set_submodule(str(node.target), _plain_norm(module))
         if node.op != "call_function":
             continue
         if node.target in FUNCTIONS:
@@ -513,8 +536,9 @@ def _any_dim(_input: Tensor) -> None:
     """F.batch_norm takes any number of dimensions."""
 
 
-def _plain_norm(module: nn.Module, node: fx.Node) -> nn.Module:
+def _plain_norm(module: nn.Module) -> nn.Module:
     norm = nn.BatchNorm2d(module.num_features, eps=module.eps, affine=module.affine)
+    norm = norm.to(module.running_mean.dtype).eval()
     norm.load_state_dict(module.state_dict())
     norm._check_input_dim = _any_dim
     return norm

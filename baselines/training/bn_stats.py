@@ -44,8 +44,8 @@ def normalising_layers(network: nn.Module) -> list[Layer]:
     layers = [_layer(module, norm) for norm, module in norms.items() if norm.track_running_stats]
     if not layers:
         raise UnsupportedLayerError(
-            f"{type(network).__name__} has no BatchNorm with running statistics, which this method "
-            "needs: they are all that is known of the training data"
+            "the network has no BatchNorm with running statistics, which this method needs: they "
+            "are all that is known of the training data"
         )
     return layers
 

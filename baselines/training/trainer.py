@@ -21,6 +21,7 @@ the images in the generator's turn is not run on them again in its own.
 
 import copy
 import platform
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -38,6 +39,9 @@ from baselines.quantization.student import build_student
 from baselines.training.bn_stats import batch_norm_statistics, normalising_layers
 from baselines.training.input_range import InRange, input_range
 from baselines.training.recipe import Recipe
+
+# Layers draw their first weights from the global generator, which all threads share.
+_SEEDING = threading.Lock()
 
 
 class Method(Protocol):
@@ -121,7 +125,7 @@ class Trainer:
         self.layers = normalising_layers(self.teacher)
         self.num_classes = check_logits_shape(reference.logits)
         # Seeds the CPU's generator alone: torch.manual_seed would reach every GPU's.
-        with torch.random.fork_rng(devices=[]):
+        with _SEEDING, torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             generator = method.make_generator(self.teacher, self.num_classes, image_shape)
         if mean.any() or (std != 1).any():

@@ -15,6 +15,7 @@ from agm import AGM, AgmError
 from baselines import METHODS, RECIPES, Interrupted, load_quantized, quantize, save_quantized
 from baselines.errors import CheckpointError, ConfigError, UnsupportedLayerError
 from baselines.quantization import checkpoint
+from baselines.quantization.graph import traced
 from baselines.quantization.student import build_student
 from tests.baselines import Tiny, bits, images, raw, same_state, weights
 
@@ -101,7 +102,8 @@ def test_end_to_end(method, recipe, hooks):
     )  # fmt: skip
     assert bits(TEACHER) == before
     assert [step for step, _ in seen] == list(range(STEPS))
-    assert [str(p) for p in policies] == [str(result.policy)]
+    (told,) = policies  # before the signs are known
+    assert [row[:3] for row in told.rows] == [row[:3] for row in result.policy.rows]
     steps = [row["step"] for row in result.history]
     assert steps == sorted({3, 6, 9, 12, result.recipe.warmup_steps})
     measured = [row["step"] for row in result.history if "accuracy" in row]
@@ -129,7 +131,7 @@ def test_the_first_accuracy_is_straight_after_quantization(method):
         return 0.0
 
     result = run(method=method, evaluate=evaluate)
-    assert first[0] == weights(build_student(TEACHER, result.config)[0])
+    assert first[0] == weights(build_student(traced(TEACHER, (3, 8, 8)), result.config))
     assert first[0] != weights(result.model)
 
 
@@ -179,11 +181,11 @@ def test_the_shortest_runs():
 
 
 def test_other_bits_and_schemes():
-    for bits_, scheme, edge in ((2, "symmetric", None), (4, "asymmetric", 8)):
+    for bits_, scheme, edge in ((2, "symmetric", None), (4, "asymmetric", 7)):
         result = run(weight_bits=bits_, act_bits=bits_, scheme=scheme, edge_bits=edge)
         assert result.config.weight_bits == result.config.act_bits == bits_
         widths = {row[2] for row in result.policy.rows}
-        assert widths == {str(bits_), "float"} | ({"8"} if edge else set())
+        assert widths == {str(bits_), str(edge or 8)}
         for name, m in result.model.named_modules():
             if isinstance(m, nn.Conv2d) and not (edge and name == "conv0"):
                 assert max(len(channel.unique()) for channel in m.weight) <= 2**bits_
@@ -211,7 +213,7 @@ def test_saved_and_loaded_predicts_the_same(tmp_path, method, recipe):
     x = images(64)
     assert torch.equal(model(x), result.model(x))
     assert not any(m.training for m in model.modules())
-    save_quantized(model, result.config, tmp_path / "again.pt")
+    save_quantized(model, tmp_path / "again.pt")
     again = load_quantized(tmp_path / "again.pt", architecture)
     assert same_state(dict(again.state_dict()), dict(model.state_dict()))
 
@@ -486,10 +488,10 @@ def test_bad_settings(settings, received):
 
 def test_bad_teachers():
     plain = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 4))
-    foreign = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.SiLU(), nn.Flatten())
+    foreign = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.GroupNorm(1, 2))
     for teacher, word in (
         (plain, "BatchNorm"),
-        (foreign + nn.Sequential(nn.Linear(72, 4)), "SiLU"),
+        (foreign + nn.Sequential(nn.Flatten(), nn.Linear(72, 4)), "GroupNorm"),
     ):
         with pytest.raises(UnsupportedLayerError, match=word):
             run(teacher)

@@ -95,7 +95,12 @@ def test_whatever_reads_the_batch_norm(tail):
         (lambda: torchvision.models.resnet18(num_classes=5), 20),
         (lambda: torchvision.models.mobilenet_v2(num_classes=5), 52),
         (lambda: torchvision.models.vgg11_bn(num_classes=5), 8),
-        (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 1),
+        (
+            lambda: nn.Sequential(
+                nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()
+            ),
+            1,
+        ),
     ],
     ids=["tiny", "resnet", "mobilenet", "vgg", "a norm of its own"],
 )

@@ -502,7 +502,7 @@ def test_another_number_of_hooks(saved, ours):
 
 def test_a_teacher_without_batch_norm_is_a_named_error():
     teacher = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 4))
-    with pytest.raises(AgmError, match="Sequential has no BatchNorm"):
+    with pytest.raises(AgmError, match="the network has no BatchNorm"):
         make(teacher=teacher).step()
 
 
