@@ -433,7 +433,9 @@ def _into_modules(network: fx.GraphModule) -> None:
     made: dict[Any, str] = {}
     for node in list(network.graph.nodes):
         module = called(network, node)
-        if isinstance(module, nn.SyncBatchNorm) and module.running_mean is not None:  # in eval mode the same numbers
+        if (
+            isinstance(module, nn.SyncBatchNorm) and module.running_mean is not None
+        ):  # in eval mode the same numbers
             network.set_submodule(str(node.target), _plain_norm(module))
         if node.op != "call_function":
             continue

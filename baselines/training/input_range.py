@@ -12,6 +12,7 @@ from baselines.quantization.graph import BATCH_NORMS
 
 # An estimated deviation within this factor of 1, with a mean within 1, is taken for standardised.
 NEAR = 1.6
+PROBE = 100.0  # how bright; between images of [0, 1] and of 16 bits, for rounding's sake
 
 
 class InRange(nn.Module):
@@ -73,17 +74,20 @@ def _estimated(network: fx.GraphModule) -> tuple[Tensor, Tensor]:
     if norm is None or norm.running_mean is None:
         return standard
     black = _before(network, norm, torch.zeros(1, *shape))
-    white = _before(network, norm, torch.ones(1, *shape))
-    double = _before(network, norm, torch.full((1, *shape), 2.0))
+    white = _before(network, norm, torch.full((1, *shape), PROBE))
+    double = _before(network, norm, torch.full((1, *shape), 2 * PROBE))
     scale = (double - black).abs().max()
     if not scale > 0 or ((double - black) - 2 * (white - black)).abs().max() > 1e-3 * scale:
         return standard  # not affine: nothing to be told
     spread = norm.running_var.clamp(min=1e-12).sqrt()
-    gain, offset = (v.mean((0, *range(2, v.ndim))) / spread for v in (white - black, black))
+    gain, offset = (
+        v.mean((0, *range(2, v.ndim))) / spread for v in ((white - black) / PROBE, black)
+    )
     level = float((gain * (norm.running_mean / spread - offset)).sum() / gain.square().sum())
-    noise = _before(network, norm, _smooth_noise(shape))
+    # Less what padding makes of a constant image.
+    noise = (_before(network, norm, PROBE * _smooth_noise(shape)) - black) / PROBE
     moment = noise.var((0, *range(2, noise.ndim)), correction=0)
-    ratio = (norm.running_var / moment.clamp(min=1e-12)).median()
+    ratio = (norm.running_var / moment.clamp(min=1e-30)).median()
     deviation = float(ratio.sqrt())
     usable = math.isfinite(level) and math.isfinite(deviation) and deviation > 0
     if not usable or (1 / NEAR <= deviation <= NEAR and abs(level) <= 1):

@@ -78,7 +78,7 @@ def test_quantized_whole_near_the_original_and_trainable(name):
     policy = bit_policy(student)
     assert policy.floating == 0
     weights = [row for row in policy.rows if row[1] == "weight"]
-    layers = [m for m in graph.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    layers = [m for m in graph.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear)]
     assert len(weights) == len(layers)
     assert policy.read == sum(isinstance(m, ActivationQuantizer) for m in student.modules())
 
@@ -86,7 +86,7 @@ def test_quantized_whole_near_the_original_and_trainable(name):
     trainer = Trainer(
         settle(net, size),
         method=replace(method, width=8, latent_dim=8),
-        recipe=replace(recipe, steps=6, batch_size=8, warmup=0.2, observe=0.2, student_lr=1e-4,
+        recipe=replace(recipe, steps=6, batch_size=8, warmup=0.2, observe=0.2, student_lr=1e-5,
                        generator_lr=1e-6, schedule="constant"),
         config=QuantizationConfig(
             3, 3, "inputs", ste="clipped", range_estimator="mse", fold_batch_norm=True
