@@ -24,7 +24,7 @@ class LinearInterpolation:
     """
 
     def __init__(self, *, seed: int = 0) -> None:
-        self._rng = torch.Generator().manual_seed(seed)
+        self._rng = torch.Generator("cpu").manual_seed(seed)
 
     @overload
     def __call__(self, images: Tensor, *, weight: Tensor | float | None = None) -> Tensor: ...
@@ -53,7 +53,8 @@ class LinearInterpolation:
             weight: lambda, (N,) or a number, in place of the uniform draw.
 
         Returns:
-            Images of the same shape, dtype and memory format; with labels also (N, C) soft labels.
+            Images of the same shape, dtype and memory format; with labels also (N, C) soft labels,
+            those of integers in the images' dtype, float32 at least.
 
         Raises:
             AgmValueError: an empty batch, labels of another length or kind, a missing
@@ -62,14 +63,15 @@ class LinearInterpolation:
         if not images.ndim or not images.shape[0]:
             raise AgmValueError(f"need a batch (N, ...) with N >= 1, got {tuple(images.shape)}")
         n = images.shape[0]
-        targets = None if labels is None else _soft_labels(labels, n, num_classes)
+        targets = None if labels is None else _soft_labels(labels, images, num_classes)
         # Our own draws, which nothing else writes to, need not wait for the device.
-        permutation = torch.randperm(n, generator=self._rng).to(images.device, non_blocking=True)
+        permutation = torch.randperm(n, generator=self._rng, device="cpu")
+        permutation = permutation.to(images.device, non_blocking=True)
         if weight is None:
-            weight = torch.rand(n, dtype=torch.float64, generator=self._rng)
+            weight = torch.rand(n, dtype=torch.float64, generator=self._rng, device="cpu")
             weight = weight.to(images, non_blocking=True)
         elif not isinstance(weight, Tensor) or not weight.ndim:
-            weight = torch.full((n,), float(weight), dtype=torch.float64)
+            weight = images.new_full((n,), float(weight))
         weight = weight.to(images)
         mixed = interpolate(images, permutation, weight)
         if targets is None:
@@ -86,8 +88,9 @@ class LinearInterpolation:
         self._rng.set_state(state["rng"].cpu())  # torch.load may have moved it
 
 
-def _soft_labels(labels: Tensor, n: int, num_classes: int | None) -> Tensor:
+def _soft_labels(labels: Tensor, images: Tensor, num_classes: int | None) -> Tensor:
     """(N, C) probabilities from (N,) integers or (N, C) probabilities."""
+    n = images.shape[0]
     if labels.is_floating_point():
         if labels.ndim != 2 or labels.shape[0] != n:
             raise AgmValueError(f"soft labels must be ({n}, C), got {tuple(labels.shape)}")
@@ -99,6 +102,8 @@ def _soft_labels(labels: Tensor, n: int, num_classes: int | None) -> Tensor:
     if num_classes < 1:
         raise AgmValueError(f"num_classes must be >= 1, got {num_classes}")
     try:
-        return F.one_hot(labels.long(), num_classes).to(torch.get_default_dtype())
+        return F.one_hot(labels.long(), num_classes).to(
+            torch.promote_types(images.dtype, torch.float32)
+        )
     except RuntimeError as error:  # raised on the CPU alone; other devices do not look at values
         raise AgmValueError(f"labels must lie in [0, {num_classes}): {error}") from error

@@ -17,6 +17,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import CheckpointFunction
 
 from agm.augment import LinearInterpolation
 from agm.errors import AgmValueError, check_state
@@ -37,16 +40,49 @@ def frozen_parameters(module: nn.Module) -> Iterator[nn.Module]:
     """Switch the gradients of a module's parameters off, and back to what they were on leaving.
 
     A forward inside still carries gradients to its *input*, at the cost of the input gradient
-    alone, and never writes to the parameters' ``.grad``, however late ``backward`` runs.
+    alone, and never writes to the parameters' ``.grad``, however late ``backward`` runs. With one
+    exception: what ``torch.utils.checkpoint`` wraps runs again in ``backward``, with the flags of
+    that moment, so call ``backward`` inside too.
+
+    Parametrized tensors are computed once, on entering, and are constants inside; so under
+    ``parametrize.cached()`` what is cached has its graph, for the forwards after this one.
     """
     before = [(p, p.requires_grad) for p in module.parameters()]
+    parametrized = [
+        (m, type(m), {name: _with_graph(m, name) for name in _parametrized_names(m)})
+        for m in module.modules()
+        if _parametrized_names(m)
+    ]
     try:
         for p, _ in before:
             p.requires_grad_(False)
+        for m, _, tensors in parametrized:
+            m.__class__ = parametrize.type_before_parametrizations(m)
+            vars(m).update({name: tensor.detach() for name, tensor in tensors.items()})
         yield module
     finally:
+        for m, kind, tensors in parametrized:
+            for name in tensors:
+                del vars(m)[name]
+            m.__class__ = kind
         for p, requires_grad in before:
             p.requires_grad_(requires_grad)
+
+
+def _parametrized_names(module: nn.Module) -> list[str]:
+    """The tensors that parametrizations compute; none where they are constants for now."""
+    if not parametrize.is_parametrized(module) or not isinstance(
+        module.parametrizations, nn.ModuleDict
+    ):
+        return []
+    return [
+        n for n in module.parametrizations if isinstance(getattr(type(module), n, None), property)
+    ]
+
+
+def _with_graph(module: nn.Module, name: str) -> Tensor:
+    with torch.inference_mode(False), torch.enable_grad():
+        return getattr(module, name)
 
 
 class Hook(Protocol):
@@ -89,7 +125,10 @@ class AGM:
 
     The two take turns, the loss first, also where one of them is switched off: the loss needs the
     student's forward on the generated images, which a trainer can share where the student then
-    learns from these images as they are.
+    learns from these images as they are. A turn is what lies between two changes from
+    :meth:`student_batch` back to :meth:`generator_loss`: a step, however many micro-batches each
+    of the two accumulates gradients over, or a micro-batch where the two are called in pairs, so
+    that a step has both. Where :meth:`student_batch` is never called, all turns are the loss's.
 
     Args:
         loss, interpolation: switch either part off (default: both on).
@@ -98,7 +137,8 @@ class AGM:
         ratio: of the gradients' norms, > 0 (default 0.1, chosen in
             ``benchmarks/evidence/results/ablation.md``).
         decay: of the running averages, in [0, 1) (default 0.95).
-        interval: evaluations from one measurement of the weight to the next, >= 1 (default 10).
+        interval: evaluations of the term, one a micro-batch, from one measurement of the weight to
+            the next, >= 1 (default 10).
         alternate: take turns (default); False for both in every call.
         seed: of the interpolation's own random generator.
 
@@ -129,7 +169,9 @@ class AGM:
         self.loss, self.interpolation, self.alternate = loss, interpolation, alternate
         self.mix = LinearInterpolation(seed=seed)
         self.num_classes: int | None = None
-        self.calls = 0
+        self.evaluations = 0
+        self.turn = 0  # the first one, which is the loss's, is 1
+        self.student_asked = False  # in this turn
         # 0-dim tensors on the logits' device once seen, so that no step waits for the device.
         self.running: dict[str, Tensor] = {}
 
@@ -146,27 +188,44 @@ class AGM:
         Call it from the first step on at which the student is quantized: measured while the two
         networks are the same to rounding, the weight is far off, and its average slow to return.
 
+        Under ``torch.no_grad()`` or ``inference_mode()`` it is an evaluation: the term's value,
+        whoever's turn it is, with the weight as it is, and no state changes.
+
         Args:
             images: (N, ...), with the generator's graph behind them.
             teacher_logits: (N, C), the teacher on these images, with their graph.
             student: images -> logits, in eval mode (in train mode its BatchNorm statistics move).
                 Its own parameters receive no gradient if it is a module; wrap another callable
-                in :func:`frozen_parameters` yourself.
+                in :func:`frozen_parameters` yourself, and a module that checkpoints its
+                activations together with ``backward``.
             other_terms: the generator's loss without this term, a scalar depending on ``images``.
 
         Returns:
-            A scalar of the logits' dtype, for first derivatives; 0, without a call of the student,
-            in the interpolation's turn.
+            A scalar, float32 for half-precision logits and else of their dtype, for first
+            derivatives; 0, without a call of the student, in the interpolation's turn.
+
+        Raises:
+            AgmValueError: logits of different or wrong shapes; in the loss's turn images, logits
+                or other terms whose graph does not lead to ``images``. No state has changed.
         """
-        evaluation, other_turn = divmod(self.calls, 2) if self.alternate else (self.calls, 0)
+        learning = torch.is_grad_enabled()
+        turn = self.turn + int(self.student_asked or not self.turn)
+        evaluations = self.evaluations
         running = dict(self.running)  # all checks come before the first change of state
-        if not self.loss or other_turn:
+        if not self.loss or (learning and self.alternate and turn % 2 == 0):
             check_logits(teacher_logits, teacher_logits)
-            loss = teacher_logits.new_zeros(())
+            loss = teacher_logits.new_zeros(
+                (), dtype=torch.promote_types(teacher_logits.dtype, torch.float32)
+            )
         else:
             with frozen_parameters(student) if isinstance(student, nn.Module) else nullcontext():
                 student_logits = student(images)
             d = measure(self.discrepancy, teacher_logits, student_logits)
+            if learning:
+                _check_graph("teacher_logits", teacher_logits, images)
+                _check_graph("the student's logits", student_logits, images)
+                if isinstance(student, nn.Module):
+                    _check_recomputation(student, student_logits, images)
             with torch.no_grad():
                 variance, mean = torch.var_mean(d, correction=0)
                 self._follow(running, mean=mean, variance=variance)
@@ -177,11 +236,16 @@ class AGM:
             # would add to the gradient cancels. It takes two thirds of expected_margin's time.
             below, density = margin_parts(excess.detach(), std)
             term = torch.addcmul(std * density, excess, below).mean()
-            if other_terms is not None and evaluation % self.interval == 0:
-                self._follow(running, weight=self._balance(term, other_terms, images))
-            loss = (term * running.get("weight", 1.0)).to(teacher_logits.dtype)
-        self.running, self.num_classes = running, teacher_logits.shape[1]
-        self.calls += 1
+            if learning and other_terms is not None and evaluations % self.interval == 0:
+                _check_graph("other_terms", other_terms, images)
+                half = _in_float16(images, teacher_logits, student_logits)
+                weight = self._balance(term, other_terms, images, 2.0**16 if half else 1.0)
+                self._follow(running, weight=weight)
+            loss = term * running.get("weight", 1.0)
+            evaluations += 1
+        if learning:
+            self.running, self.num_classes = running, teacher_logits.shape[1]
+            self.evaluations, self.turn, self.student_asked = evaluations, turn, False
         return loss
 
     def student_batch(self, *, images: Tensor, labels: Tensor | None = None) -> Any:
@@ -194,24 +258,28 @@ class AGM:
 
         Returns:
             Images, or (images, soft labels) if labels were given; as they came without
-            interpolation, or after a call of :meth:`generator_loss` that was the loss's turn. The
-            teacher must be asked again about new images.
+            interpolation, or in the loss's turn. The teacher must be asked again about new images.
         """
-        if not self.interpolation or (self.alternate and self.calls % 2):
-            return images if labels is None else (images, labels)
-        if labels is None:
-            return self.mix(images)
-        if self.num_classes is None and not labels.is_floating_point():
-            raise AgmValueError(
-                "the number of classes is not known before the first generator_loss; "
-                "until then give labels as (N, C) probabilities"
-            )
-        return self.mix(images, labels, num_classes=self.num_classes)
+        batch = images if labels is None else (images, labels)
+        if self.interpolation and not (self.alternate and self.turn % 2):
+            if labels is None:
+                batch = self.mix(images)
+            elif self.num_classes is None and not labels.is_floating_point():
+                raise AgmValueError(
+                    "the number of classes is not known before the first generator_loss; "
+                    "until then give labels as (N, C) probabilities"
+                )
+            else:
+                batch = self.mix(images, labels, num_classes=self.num_classes)
+        self.student_asked = True
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Running averages, call count and the interpolation's random state."""
+        """Running averages, the turn and the interpolation's random state."""
         return {
-            "calls": self.calls,
+            "evaluations": self.evaluations,
+            "turn": self.turn,
+            "student_asked": self.student_asked,
             "num_classes": self.num_classes,
             "running": {name: value.clone() for name, value in self.running.items()},
             "interpolation": self.mix.state_dict(),
@@ -219,10 +287,13 @@ class AGM:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where :meth:`state_dict` was taken."""
-        check_state(self, state, "calls", "num_classes", "running", "interpolation")
+        counts = ("evaluations", "turn", "student_asked", "num_classes")
+        check_state(self, state, *counts, "running", "interpolation")
         self.mix.load_state_dict(state["interpolation"])
-        self.calls, self.num_classes = state["calls"], state["num_classes"]
-        self.running = {name: value.clone() for name, value in state["running"].items()}
+        for name in counts:
+            setattr(self, name, state[name])
+        with torch.inference_mode(False):  # whose tensors no graph could save
+            self.running = {name: value.clone() for name, value in state["running"].items()}
 
     def _follow(self, running: dict[str, Tensor], **now: Tensor) -> None:
         """Move the averages; a value that is not finite is forgotten, also if it is the first."""
@@ -241,20 +312,76 @@ class AGM:
             f"interval={self.interval}, alternate={self.alternate})"
         )
 
-    def _balance(self, term: Tensor, other_terms: Tensor, images: Tensor) -> Tensor:
+    def _balance(self, term: Tensor, other_terms: Tensor, images: Tensor, scale: float) -> Tensor:
         """The weight that holds the gradients' norms at the images in ``ratio``."""
         try:
-            ours, theirs = (
-                at_least_float32(torch.autograd.grad(t, images, retain_graph=True)[0]).norm()
-                for t in (term, other_terms)
-            )
+            ours, theirs = (_gradient_norm(t, images, scale) for t in (term, other_terms))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise AgmValueError(
-                "other_terms must be a scalar that depends on images, and images must carry a "
-                f"graph: pass the generator's output itself, not a detached copy ({error})"
+                "no gradient at the images could be taken: other_terms must be a scalar whose "
+                "graph is still there; a student that checkpoints its activations needs "
+                "use_reentrant=False, and frozen_parameters(student) around generator_loss and "
+                f"backward ({error})"
             ) from error
         old = self.running.get("weight", torch.ones_like(ours))
         weight = self.ratio * theirs / ours
         return torch.where(weight.isfinite(), weight, old.to(weight))
+
+
+def _check_graph(what: str, value: Tensor, images: Tensor) -> None:
+    """Raise :class:`AgmValueError` unless the graph of ``value`` leads to ``images``."""
+    if not images.requires_grad:
+        raise AgmValueError(
+            "images carry no graph: pass the generator's output itself, not a detached copy"
+        )
+    goal = get_gradient_edge(images).node
+    if not value.requires_grad or goal not in _graph(value, goal):
+        raise AgmValueError(
+            f"{what} must depend on images, and the graph does not lead there: compute them from "
+            "the images that are given, without torch.no_grad() or detach()"
+        )
+
+
+def _graph(value: Tensor, goal: Node) -> Iterator[Node]:
+    """The nodes of the graph behind ``value``, as far back as ``goal``."""
+    seen, found = set(), [get_gradient_edge(value).node]
+    while found:
+        node = found.pop()
+        if node not in seen:
+            yield node
+            seen.add(node)
+            if node is not goal:
+                found += [n for n, _ in node.next_functions if n is not None]
+
+
+def _check_recomputation(student: nn.Module, logits: Tensor, images: Tensor) -> None:
+    """Raise :class:`AgmValueError` if ``backward`` would run parts of the student unfrozen."""
+    nodes = _graph(logits, get_gradient_edge(images).node)
+    name = f"{CheckpointFunction.__name__}Backward"
+    if any(p.requires_grad for p in student.parameters()) and name in (n.name() for n in nodes):
+        raise AgmValueError(
+            "the student checkpoints its activations with use_reentrant=True, and when backward "
+            "runs them again its parameters would receive gradients of the generator's loss: call "
+            "generator_loss and backward inside frozen_parameters(student)"
+        )
+
+
+def _in_float16(*tensors: Tensor) -> bool:
+    """Whether a gradient may pass through float16, whose smallest number is 6e-8."""
+    kind = tensors[0].device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    return torch.float16 in (autocast, *(t.dtype for t in tensors))
+
+
+def _gradient_norm(term: Tensor, images: Tensor, scale: float) -> Tensor:
+    """The norm of the gradient at the images, taken of ``scale`` times the term."""
+    while True:
+        scaled = at_least_float32(term) * scale
+        (gradient,) = torch.autograd.grad(scaled, images, retain_graph=True)
+        norm = at_least_float32(gradient).norm() / scale
+        # In float16 large gradients overflow as small ones vanish; only there the device is asked.
+        if scale == 1 or norm.isfinite():
+            return norm
+        scale /= 16

@@ -72,7 +72,9 @@ class GaussianMarginLoss(nn.Module):
             generator: draws that noise, on its own device; only for ``mode="sampled"``.
 
         Returns:
-            A scalar, or (N,) for ``reduction="none"``, in the logits' dtype.
+            A scalar, or (N,) for ``reduction="none"``, in the wider dtype of the two, float32 at
+            least: a half-precision loss would overflow in a ``GradScaler``. Gradients flow to
+            whichever logits have a graph.
         """
         d = measure(self.discrepancy, teacher_logits, student_logits)
         if self.mode == "expected":
@@ -90,7 +92,7 @@ class GaussianMarginLoss(nn.Module):
             loss = sampled_margin(d, self.mean, self.std, noise)
         if self.reduction != "none":
             loss = loss.mean() if self.reduction == "mean" else loss.sum()
-        return loss.to(torch.promote_types(teacher_logits.dtype, student_logits.dtype))
+        return loss
 
     def extra_repr(self) -> str:
         name = getattr(self.discrepancy, "__name__", repr(self.discrepancy))

@@ -1,7 +1,8 @@
 """Tests of agm. Here: the oracles, written out sample by sample, and the tiny networks."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import mpmath
 import torch
@@ -122,3 +123,15 @@ def image_generator(seed: int = 1, latent: int = 5) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(latent, 48), nn.Unflatten(1, (3, 4, 4)), nn.BatchNorm2d(3), nn.Tanh()
     )
+
+
+@contextmanager
+def elsewhere() -> Iterator[None]:
+    """Another default dtype and default device, where new tensors have no values at all."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(before)

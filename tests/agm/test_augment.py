@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agm import AgmError, LinearInterpolation
-from tests.agm import eps, same_bits
+from tests.agm import elsewhere, eps, same_bits
 from tests.strategies import dtypes, image_batches, mixtures, rng, seeds, unit
 
 batches = dtypes.flatmap(image_batches)
@@ -217,3 +217,17 @@ def test_settings_and_options_go_by_name():
 
 def test_images_without_pixels_are_a_batch():
     assert LinearInterpolation()(torch.zeros(3, 0)).shape == (3, 0)
+
+
+@pytest.mark.parametrize("weight", [None, 0.25])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_default_dtype_or_device_changes_nothing(dtype, weight):
+    x, y = torch.randn(4, 3, generator=rng(0)).to(dtype), torch.tensor([0, 2, 1, 1])
+    settings = {"num_classes": 3, "weight": weight}
+    want = LinearInterpolation(seed=1)(x, y, **settings)
+    with elsewhere():
+        mix = LinearInterpolation(seed=1)
+        mix.load_state_dict(LinearInterpolation(seed=1).state_dict())
+        got = mix(x, y, **settings)
+    assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+    assert got[1].dtype == torch.float32

@@ -8,6 +8,7 @@ import io
 import itertools
 import math
 import pickle
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -15,11 +16,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from agm import AGM, AgmError, LinearInterpolation, frozen_parameters
 from tests.agm import (
     classifier,
     discrepancy_loop,
+    elsewhere,
     eps,
     image_generator,
     margin,
@@ -140,7 +145,7 @@ def test_margin_follows_d_as_written_out(seed, n, decay, batch, classes):
         # An error of 1e-15 in a variance near 0 is one of 3e-8 in std.
         assert got.item() == pytest.approx(want, rel=1e-11, abs=1e-12 if variance > 1e-8 else 1e-7)
         assert got.shape == ()
-    assert hook.calls == n
+    assert hook.evaluations == n
 
 
 @given(seeds, log_uniform(-2, 2), st.integers(1, 4), st.booleans())
@@ -218,6 +223,7 @@ def test_a_batch_that_is_not_finite_is_forgotten(seed, before, bad):
 def test_an_infinite_discrepancy_adds_nothing(seed):
     first, d = torch.randn(2, 4, generator=rng(seed), dtype=torch.float64).square()
     d[1] = math.inf
+    first.requires_grad_(), d.requires_grad_()
     hook = AGM(alternate=False, discrepancy=lambda t, s: s[:, 0])
     for batch in (first, d):
         logits = batch[:, None]
@@ -242,9 +248,16 @@ def test_a_variance_that_overflows_is_forgotten(seed):
 def test_half_precision_is_computed_in_float32(seed, dtype):
     t, s = torch.randn(2, 4, 3, generator=rng(seed)).to(dtype)
     half, wide = AGM(), AGM()
-    got = half.generator_loss(images=t, teacher_logits=t, student=lambda _: s)
-    want = wide.generator_loss(images=t, teacher_logits=t.float(), student=lambda _: s.float())
-    assert same_bits(got, want.to(dtype))
+    got, want = (
+        hook.generator_loss(
+            images=images.requires_grad_(), teacher_logits=images, student=lambda x: s.to(x) + 0 * x
+        )
+        for hook, images in ((half, t), (wide, t.float()))
+    )
+    assert same_bits(got, want)
+    half.student_batch(images=t)
+    other_turn = half.generator_loss(images=t, teacher_logits=t, student=None)
+    assert same_bits(other_turn, torch.zeros(()))
     assert all(same_bits(half.running[k], v) for k, v in wide.running.items())
     assert {v.dtype for v in half.running.values()} == {torch.float32}
 
@@ -254,8 +267,8 @@ def test_a_half_precision_discrepancy_is_averaged_in_float32(seed, dtype):
     def narrow(t, s):
         return (t - s).abs().mean(1).to(dtype)
 
-    t, s = torch.randn(2, 4, 3, generator=rng(seed))
-    call = {"images": t, "teacher_logits": t, "student": lambda _: s}
+    t, s = torch.randn(2, 4, 3, generator=rng(seed)).requires_grad_()
+    call = {"images": t, "teacher_logits": t, "student": lambda x: s + 0 * x}
     half, wide = AGM(discrepancy=narrow), AGM(discrepancy=lambda t, s: narrow(t, s).float())
     assert same_bits(half.generator_loss(**call), wide.generator_loss(**call))
     assert {v.dtype for v in half.running.values()} == {torch.float32}
@@ -432,12 +445,18 @@ def test_global_rng_is_untouched(seed, loss):
 UNRELATED = torch.ones((), requires_grad=True) * 2
 
 
+def freed(loss):
+    loss.backward()
+    return loss
+
+
 @pytest.mark.parametrize(
     ("changes", "received"),
     [
-        ({"other_terms": UNRELATED}, "other_terms.*depends on images"),
-        ({"other_terms": torch.tensor(1.0)}, "other_terms.*depends on images"),
-        ({"other_terms": torch.ones(2, requires_grad=True) * 2}, "scalar"),
+        ({"other_terms": UNRELATED}, "other_terms must depend on images"),
+        ({"other_terms": torch.tensor(1.0)}, "other_terms must depend on images"),
+        ({"other_terms": lambda x: x.mean((1, 2))}, "scalar"),
+        ({"other_terms": lambda x: freed(x.square().mean())}, "graph is still there"),
         ({"student": lambda x: x.flatten(1)}, r"teacher \(4, 3\), student \(4, 6\)"),
         ({"student": lambda x: x.flatten(1)[:2, :3]}, r"teacher \(4, 3\), student \(2, 3\)"),
         ({"student": lambda x: torch.zeros(4, 3).long()}, "int64"),
@@ -454,6 +473,8 @@ def test_bad_call_is_a_named_error_and_changes_nothing(changes, received):
     if not settings:
         hook.generator_loss(**good)
     before = hook.state_dict()
+    if callable(changes.get("other_terms")):
+        changes["other_terms"] = changes["other_terms"](step["images"])
     with pytest.raises(AgmError, match=received) as caught:
         hook.generator_loss(**{**step, **changes})
     assert isinstance(caught.value, ValueError)
@@ -480,6 +501,241 @@ def test_a_pickled_hook_goes_on_as_the_first():
         hook.generator_loss(**step)
     again, (step,) = pickle.loads(pickle.dumps(hook)), steps(1, 1)
     assert same_bits(again.generator_loss(**step), hook.generator_loss(**step))
+
+
+# What surrounds a call
+
+
+W = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "received"),
+    [
+        ({"teacher_logits": lambda x, t, s: t.detach()}, "teacher_logits must depend on images"),
+        ({"teacher_logits": lambda x, t, s: t.detach() * W}, "teacher_logits must depend"),
+        ({"student": lambda x, t, s: lambda _: s(x).detach()}, "student's logits must depend"),
+        ({"student": lambda x, t, s: lambda _: s(x.detach()) * W}, "student's logits must depend"),
+        ({"student": lambda x, t, s: torch.no_grad()(s)}, "student's logits must depend"),
+        ({"student": lambda x, t, s: torch.inference_mode()(s)}, "student's logits must depend"),
+        ({"images": lambda x, t, s: x.detach()}, "images carry no graph"),
+    ],
+)
+def test_without_a_graph_there_is_no_gradient_and_an_error_says_whose(changes, received):
+    """W, with a gradient of its own, is as a network's weights: a graph that leads elsewhere."""
+    first, step = steps(0, 2)
+    hook = AGM(alternate=False)
+    hook.generator_loss(**first)
+    before = hook.state_dict()
+    given = step["images"], step["teacher_logits"], step["student"]
+    with pytest.raises(AgmError, match=received):
+        hook.generator_loss(**step | {k: change(*given) for k, change in changes.items()})
+    assert all(hook.state_dict()[k] == v for k, v in before.items() if k != "interpolation")
+    # Where no gradient is asked for, none is missed.
+    off = AGM(loss=False)
+    off.generator_loss(**step | {k: change(*given) for k, change in changes.items()})
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@given(seed=seeds, n=st.integers(0, 4))
+def test_without_gradients_it_is_an_evaluation(off, seed, n):
+    hook, spared, plain = AGM(interval=1), AGM(interval=1), AGM(interval=1, alternate=False)
+    *before, step, last = steps(seed, n + 2)
+    for s in before:
+        for h in (hook, spared):
+            use(h, s)
+    state = hook.state_dict()
+    plain.running = spared.state_dict()["running"]
+    with off():
+        got = hook.generator_loss(**step)
+    del step["other_terms"]
+    assert not got.requires_grad
+    assert same_bits(got.clone(), plain.generator_loss(**step).detach())
+    after = hook.state_dict()
+    assert torch.equal(state.pop("interpolation")["rng"], after.pop("interpolation")["rng"])
+    assert state == after
+    assert all(same_bits(a, b) for a, b in zip(use(hook, last), use(spared, last), strict=True))
+
+
+def test_a_state_that_was_loaded_in_inference_mode_can_be_learned_with():
+    hook, again, (first, step) = AGM(alternate=False), AGM(alternate=False), steps(0, 2)
+    hook.generator_loss(**first)
+    with torch.inference_mode():
+        again.load_state_dict(hook.state_dict())
+    got, want = (gradient(h.generator_loss(**step), step["images"]) for h in (again, hook))
+    assert same_bits(got, want)
+
+
+def test_a_default_dtype_or_device_changes_nothing():
+    def narrow(step):
+        x = step["images"].detach().float().requires_grad_()
+        b = torch.randn(6, 3, generator=rng(1))
+        return {
+            "images": x,
+            "teacher_logits": x.flatten(1)[:, :3],
+            "student": lambda x: x.flatten(1) @ b,
+            "other_terms": x.square().mean(),
+        }
+
+    narrowed = [narrow(step) for step in steps(0, 4)]
+    hook = AGM(interval=1, seed=1)
+    want = [use(hook, step) for step in narrowed]
+    labels = torch.arange(4) % 3
+    with elsewhere():
+        again = AGM(interval=1, seed=1)
+        again.load_state_dict(AGM(seed=1).state_dict())
+        for step, tensors in zip(narrowed, want, strict=True):
+            loss = again.generator_loss(**step).detach()
+            x = step["images"].detach()
+            got = [loss, *again.student_batch(images=x, labels=labels)]
+            assert all(same_bits(a, b) for a, b in zip(got, tensors, strict=True))
+    assert {v.dtype for v in again.running.values()} == {torch.float32}
+
+
+class Halved(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight):
+        return weight / 2
+
+
+def parametrized(seed=1):
+    net = classifier(seed)
+    for layer in (net[0], net[5]):
+        parametrize.register_parametrization(layer, "weight", Halved())
+    return net
+
+
+def student_gradients(student, wrap):
+    """What a whole step with AGM, inside wrap(), leaves in the student's gradients."""
+    teacher, images = classifier(0), torch.randn(4, 3, 4, 4, generator=rng(0)).requires_grad_()
+    hook = AGM(alternate=False, interval=1)
+    with wrap():
+        term = hook.generator_loss(
+            images=images,
+            teacher_logits=teacher(images),
+            student=student,
+            other_terms=images.square().mean(),
+        )
+        term.backward()
+        assert all(p.grad is None for p in student.parameters())
+        student(images.detach()).square().sum().backward()
+    return [images.grad, *(p.grad for p in student.parameters())]
+
+
+def test_parametrizations_may_be_cached_around_a_whole_step():
+    want = student_gradients(parametrized(), nullcontext)
+    got = student_gradients(parametrized(), parametrize.cached)
+    assert all(g is not None for g in got)
+    assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_frozen_parametrizations_are_constants_and_come_back():
+    net = parametrized()
+    before, weight = bits(net), net[0].weight
+    kinds = [type(m) for m in net.modules()]
+    with frozen_parameters(net), frozen_parameters(net[0]):
+        assert same_bits(net[0].weight, weight.detach())
+        assert not net[0].weight.requires_grad
+        assert set(net.state_dict()) == set(parametrized().state_dict())
+    assert bits(net) == before
+    assert kinds == [type(m) for m in net.modules()]
+    assert net[0].weight.requires_grad
+    with torch.no_grad():
+        net[0].parametrizations.weight.original.fill_(3)
+    assert (net[0].weight == 1.5).all()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.net, self.reentrant = classifier(1), reentrant
+
+    def forward(self, x):
+        return checkpoint(self.net, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_activations_are_frozen_around_backward_too(reentrant):
+    def gradient_at_images(student, frozen):
+        x = torch.randn(4, 3, 4, 4, generator=rng(0)).requires_grad_()
+        logits, more = classifier(0)(x), {} if reentrant else {"other_terms": x.square().mean()}
+        with frozen_parameters(student) if frozen else nullcontext():
+            hook = AGM(interval=1)
+            hook.generator_loss(images=x, teacher_logits=logits, student=student, **more).backward()
+        assert all(p.grad is None for p in student.parameters())
+        return x.grad
+
+    want = gradient_at_images(classifier(1), frozen=False)
+    assert same_bits(gradient_at_images(Checkpointed(reentrant), frozen=True), want)
+    with pytest.raises(AgmError, match=r"checkpoint.*frozen_parameters"):
+        gradient_at_images(Checkpointed(reentrant), frozen=False)
+
+
+def test_the_weight_in_float16_is_that_in_float32():
+    """Of 256 images each has a gradient so small that float16 loses most of it."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    )  # fmt: skip
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for p in student.parameters():
+            p += 0.01 * torch.randn(p.shape, generator=rng(1))
+    x = torch.randn(256, 3, 12, 12, generator=rng(2)).requires_grad_()
+
+    def measured(factor, dtype=None):
+        hook = AGM()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            logits = teacher(x)
+            others = factor * F.cross_entropy(logits, torch.arange(256) % 10)
+            loss = hook.generator_loss(
+                images=x, teacher_logits=logits, student=student, other_terms=others
+            )
+        return hook.running["weight"].item(), loss, others
+
+    want, _, _ = measured(1.0)
+    for factor in (1.0, 2.0**14):  # the latter as a GradScaler, which overflows sooner
+        got, loss, others = measured(factor, torch.float16)
+        assert got / factor == pytest.approx(want, rel=0.02)  # ten bits a number
+        assert loss.dtype == torch.float32
+        scaler = torch.amp.GradScaler("cpu")
+        assert scaler.scale(loss + others / factor).isfinite()
+
+
+# Gradients accumulated over micro-batches
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("m", [1, 2])
+def test_a_turn_is_a_step_of_several_micro_batches(k, m):
+    hook, mix = AGM(), LinearInterpolation()
+    images = torch.randn(4, 6, generator=rng(0))
+    for step in range(4):
+        terms = [hook.generator_loss(**s).item() for s in steps(step, k)]
+        batches = [hook.student_batch(images=images) for _ in range(m)]
+        if step % 2:
+            assert terms == [0.0] * k
+            assert all(same_bits(b, mix(images)) for b in batches)
+        else:
+            assert all(t > 0 for t in terms)
+            assert all(b is images for b in batches)
+    assert hook.evaluations == 2 * k
+
+
+def test_in_pairs_a_step_has_both_parts():
+    hook, images = AGM(), torch.randn(4, 6, generator=rng(0))
+    rows = [
+        (hook.generator_loss(**s).item() > 0, hook.student_batch(images=images) is images)
+        for s in steps(0, 4)
+    ]
+    assert rows == [(True, True), (False, False)] * 2
+
+
+def test_without_a_students_batch_every_turn_is_the_losss():
+    hook = AGM()
+    assert all(hook.generator_loss(**s).item() > 0 for s in steps(0, 3))
 
 
 def test_repr_tells_the_settings():

@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agm import AgmError, GaussianMarginLoss
-from tests.agm import LOOPS, discrepancy_loop, eps, logit_error, margin, same_bits, values
+from tests.agm import (
+    LOOPS,
+    discrepancy_loop,
+    elsewhere,
+    eps,
+    logit_error,
+    margin,
+    same_bits,
+    values,
+)
 from tests.strategies import dtypes, half_dtypes, logit_pairs, rng, seeds
 
 REDUCE = {"mean": torch.mean, "sum": torch.sum, "none": lambda x: x}
@@ -98,12 +107,12 @@ def test_nan_logits_give_a_nan_loss(pair, name, mode):
 
 
 @given(st.data(), names, half_dtypes, modes, st.sampled_from(sorted(REDUCE)))
-def test_half_precision_is_the_rounded_float32(data, name, dtype, mode, reduction):
+def test_half_precision_is_computed_and_returned_in_float32(data, name, dtype, mode, reduction):
     t, s = data.draw(logit_pairs(dtype))
     loss = GaussianMarginLoss(discrepancy=name, mode=mode, reduction=reduction)
     got = loss(teacher_logits=t, student_logits=s, **randomness(mode))
     wide = loss(teacher_logits=t.float(), student_logits=s.float(), **randomness(mode))
-    assert same_bits(got, wide.to(dtype))
+    assert same_bits(got, wide)
 
 
 @given(logit_pairs(dtype=torch.float32), names, modes)
@@ -116,6 +125,23 @@ def test_autocast_changes_nothing(pair, name, mode):
         half = t @ torch.eye(t.shape[1])
         assert half.dtype == torch.bfloat16
         assert loss(teacher_logits=half, student_logits=s, **randomness(mode)).isfinite()
+
+
+@given(seeds, names, modes)
+def test_a_default_dtype_or_device_changes_nothing(seed, name, mode):
+    pair, loss = logits(seed=seed), GaussianMarginLoss(discrepancy=name, mode=mode)
+    want, again = loss(**pair, **randomness(mode)), randomness(mode)
+    with elsewhere():
+        assert same_bits(loss(**pair, **again), want)
+
+
+@pytest.mark.parametrize("given", ["teacher_logits", "student_logits"])
+def test_the_gradient_flows_to_whichever_logits_have_a_graph(given):
+    both = {k: v.requires_grad_() for k, v in logits().items()}
+    (want,) = torch.autograd.grad(GaussianMarginLoss()(**both), both[given])
+    alone = {k: v if k == given else v.detach() for k, v in both.items()}
+    (got,) = torch.autograd.grad(GaussianMarginLoss()(**alone), both[given])
+    assert same_bits(got, want)
 
 
 @given(seeds, dtypes, names)

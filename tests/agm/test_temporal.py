@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from agm import AgmError, DiversityProbe
-from tests.agm import classifier, image_generator, same_bits
+from tests.agm import classifier, elsewhere, image_generator, same_bits
 from tests.strategies import rng, seeds
 
 FIRST = ("image_movement", "feature_movement", "snapshot_similarity")  # NaN in the first call
@@ -317,3 +317,14 @@ def test_too_few_latents_are_a_named_error(n):
         DiversityProbe(generator, latents(n=n), teacher)()
     assert isinstance(caught.value, ValueError)
     assert everything(generator, teacher) == before
+
+
+def test_a_default_dtype_or_device_or_inference_mode_changes_nothing():
+    probes = [DiversityProbe(image_generator(), latents(), classifier()) for _ in range(2)]
+    want = [probes[0]() for _ in range(2)]
+    with elsewhere():
+        got = [probes[1]()]
+    with torch.inference_mode():
+        got.append(probes[1]())
+    assert repr(got) == repr(want)  # NaN too
+    probes[1].generator(latents()).sum().backward()  # nothing of inference mode is left behind
