@@ -1,14 +1,20 @@
 """Signals that let a step end, one run a folder, and files that are whole or absent."""
 
 import contextlib
-import fcntl
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from baselines.quantization.checkpoint import sync
 from benchmarks.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class Stop:
@@ -48,7 +54,8 @@ class Stop:
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Refuse a second run in one folder, or ``wait`` for the first to leave.
 
-    The lock of a dead process is gone with it.
+    The lock of a dead process is gone with it. Where the system or the folder has no locks, a
+    warning says so, and nothing is refused.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,12 +66,23 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         ) from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            _lock(file, wait)
         except BlockingIOError as error:
             raise UsageError(
                 f"another run is working in {folder}; wait for it or choose another --out"
             ) from error
+        except OSError as error:  # network and synced folders
+            warnings.warn(
+                f"{folder} cannot be locked ({error.strerror or error}); start no second run in it",
+                stacklevel=3,
+            )
         yield
+
+
+def _lock(file: IO[str], wait: bool) -> None:
+    if fcntl is None:
+        raise OSError("this system has no fcntl")
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 @contextlib.contextmanager
@@ -73,8 +91,8 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        with temporary.open("rb+") as file:  # Windows syncs what is open for writing alone
+            sync(file)
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -5,13 +5,14 @@ A file is MAGIC, the SHA-256 of the rest, and the rest: a ``torch.save`` archive
 """
 
 import contextlib
+import errno
 import glob
 import hashlib
 import io
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import fx, nn
@@ -27,6 +28,9 @@ DIGEST_SIZE = hashlib.sha256().digest_size
 
 def save(path: str | Path, state: dict[str, Any], *, keep_previous: bool = False) -> None:
     """Write ``state`` to ``path``; a crash at any moment leaves the old file or the new one.
+
+    Where the system cannot push files or folders to the disk, a warning says so, and the file is
+    written as well as it can be.
 
     Args:
         keep_previous: keep the file that was there as ``<path>.previous``.
@@ -46,13 +50,11 @@ def save(path: str | Path, state: dict[str, Any], *, keep_previous: bool = False
             file.write(hashlib.sha256(payload).digest())
             file.write(payload)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         if keep_previous and path.exists():
             os.replace(path, previous(path))
             outcome += f", as {previous(path)}"
         os.replace(temporary, path)
-        outcome = "the new file is in place, but could be lost in a power failure"
-        _sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -60,6 +62,7 @@ def save(path: str | Path, state: dict[str, Any], *, keep_previous: bool = False
             f"could not write {path}: {error.strerror or error}; {outcome}. "
             "Free some space, or choose another folder that is there"
         ) from error
+    _sync_folder(path.parent)
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -186,9 +189,31 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(file: IO[bytes]) -> None:
+    """Push a file to the disk, or warn where the system has no such thing."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        _warn_unsynced(Path(file.name), error)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Push a renaming to the disk, or warn: the file itself is whole and in place."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)  # which Windows refuses
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        _warn_unsynced(folder, error)
+
+
+def _warn_unsynced(path: Path, error: OSError) -> None:
+    warnings.warn(
+        f"{path} could not be pushed to the disk ({error.strerror or error}); all is written, but "
+        "what came last could be lost in a power failure",
+        stacklevel=4,
+    )

@@ -1,3 +1,5 @@
+import errno
+import importlib
 import os
 import signal
 import subprocess
@@ -6,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import process
 from benchmarks.errors import UsageError
-from benchmarks.process import Stop, locked
+from benchmarks.process import Stop, locked, replacing
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
@@ -118,3 +121,63 @@ def test_the_second_signal_ends_the_program_at_once():
             assert child.wait(300) == 128 + signal.SIGTERM
         finally:
             child.kill()
+
+
+# Where the system lacks something
+
+
+@pytest.mark.parametrize("wait", [False, True])
+@pytest.mark.parametrize("refused", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EACCES])
+def test_a_folder_without_locks_is_a_warning(tmp_path, monkeypatch, refused, wait):
+    def refuse(*_):
+        raise OSError(refused, os.strerror(refused))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    entered = []
+    warning = pytest.warns(UserWarning, match=rf"{tmp_path} cannot be locked.*no second run")
+    with warning, locked(tmp_path, wait=wait):
+        entered.append(True)
+    assert entered
+
+
+def test_a_system_without_fcntl_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # import fcntl fails
+    try:
+        without = importlib.reload(process)
+        warning = pytest.warns(UserWarning, match="cannot be locked .this system has no fcntl")
+        with warning, without.locked(tmp_path):
+            (tmp_path / "result").write_text("1")
+    finally:
+        monkeypatch.undo()
+        importlib.reload(process)
+    assert (tmp_path / "result").read_text() == "1"
+    with process.locked(tmp_path):
+        refused(tmp_path)
+
+
+def test_a_file_that_cannot_be_synced_is_replaced_with_a_warning(tmp_path, monkeypatch):
+    def refuse(_):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    path = tmp_path / "report.json"
+    path.write_text("old")
+    monkeypatch.setattr(os, "fsync", refuse)
+    warning = pytest.warns(UserWarning, match=r"report.json.*Invalid argument.*all is written")
+    with warning, replacing(path) as temporary:
+        temporary.write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+    assert path.read_text() == "new"
+
+
+def test_a_disk_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    path = tmp_path / "report.json"
+    path.write_text("old")
+    monkeypatch.setattr(os, "fsync", fail)
+    error = pytest.raises(UsageError, match=r"could not write .*report.json.*intact")
+    with error, replacing(path) as temporary:
+        temporary.write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+    assert path.read_text() == "old"

@@ -233,9 +233,10 @@ def test_a_full_disk(path, monkeypatch, function, call, keep_previous):
     # The folder is synced last: the new file is already there.
     last = (function, call) == ("fsync", 2)
     moved = call == 2 and function == "replace"  # the old file, before the new one came
-    told = "new file is in place" if last else "intact, as .*previous" if moved else "intact. "
+    told = "intact, as .*previous" if moved else "intact. "
     refusal = pytest.raises(CheckpointError, match=f": No space left on device; .*{told}")
-    with contextlib.nullcontext() if written else refusal:
+    warning = pytest.warns(UserWarning, match="No space left on device.*all is written")
+    with contextlib.nullcontext() if written else warning if last else refusal:
         save(path, state(2), keep_previous=keep_previous)
     monkeypatch.undo()
     assert {*names(path)} <= {"run.pt", "run.pt.previous"}
@@ -244,6 +245,41 @@ def test_a_full_disk(path, monkeypatch, function, call, keep_previous):
     assert load_newest(path)["i"] == (2 if last or written else 1)
     save(path, state(3), keep_previous=keep_previous)
     assert load(path)["i"] == 3
+
+
+@pytest.mark.parametrize("refused", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_system_that_cannot_sync_is_a_warning(path, monkeypatch, refused):
+    def refuse(_):
+        raise OSError(refused, os.strerror(refused))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    for i in range(2):
+        with pytest.warns(UserWarning, match=os.strerror(refused)) as warned:
+            save(path, state(i), keep_previous=True)
+        told = [str(w.message).split(" could not")[0] for w in warned]
+        assert [os.path.basename(t) for t in told] == [
+            f"run.pt.{os.getpid()}.tmp",
+            path.parent.name,
+        ]
+        assert load(path)["i"] == i
+    assert load(previous(path))["i"] == 0
+    assert names(path) == ["run.pt", "run.pt.previous"]
+
+
+@pytest.mark.parametrize("refused", [errno.EACCES, errno.EPERM, errno.EINVAL, errno.EIO])
+def test_a_folder_that_cannot_be_opened_is_a_warning(path, monkeypatch, refused):
+    real = os.open
+
+    def refuse(name, *args, **kwargs):
+        if os.path.isdir(name):
+            raise OSError(refused, os.strerror(refused))
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.warns(UserWarning, match=f"{path.parent} could not.*{os.strerror(refused)}"):
+        save(path, state(1))
+    assert load(path)["i"] == 1
+    assert names(path) == ["run.pt"]
 
 
 def test_a_write_that_fails_half_way(path, monkeypatch):
