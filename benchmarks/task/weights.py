@@ -11,6 +11,13 @@ from torch import Tensor, nn
 
 from benchmarks.errors import TeacherError
 
+# Where training programs keep the weights in a checkpoint, and their moving average.
+_PLAIN = ("state_dict", "model", "model_state_dict")
+_AVERAGED = (
+    "state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema",
+)  # fmt: skip
+# What torch.compile, DataParallel and common training programs wrap a network in.
+_PREFIXES = ("_orig_mod.", "module.", "model.", "backbone.")
 _RESAVE = (
     "re-save it where it was made, with torch.save(model.state_dict(), path) "
     "or safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
@@ -20,25 +27,23 @@ _RESAVE = (
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Copy a checkpoint into ``model``, which stays as it is on any error.
 
-    Takes a state dict, bare or under ``state_dict``, ``model`` or ``model_state_dict``, with or
-    without DataParallel's ``module.`` prefix, from a ``.safetensors`` file or from ``torch.save``,
-    whose files are always read with ``weights_only=True``: no code in them can run. BatchNorm's
+    Takes a state dict, bare or under ``state_dict``, ``model`` or ``model_state_dict``, from a
+    ``.safetensors`` file or from ``torch.save``, whose files are always read with
+    ``weights_only=True``: no code in them can run. Where a moving average of the weights is there
+    too (``state_dict_ema``, ``model_ema``, ``ema``, ...), that is taken, as timm does, and a line
+    on stdout says so. Prefixes that all keys share and the model's own lack (``_orig_mod.``,
+    ``module.``, ``model.``, ``backbone.``, also nested) are left out. BatchNorm's
     ``num_batches_tracked`` may be missing.
 
     Raises:
-        TeacherError: the file is missing, damaged or holds anything but tensors; keys are missing
-            or unexpected; shapes or the number of classes do not match.
+        TeacherError: the file is missing, damaged, holds anything but tensors or several different
+            networks; keys are missing or unexpected; shapes or the number of classes do not match.
     """
     where = os.fspath(path)
     if not os.path.isfile(path):
         raise TeacherError(f"no weights file at {where!r}; pass the path of a saved state_dict")
-    state = _unwrap(_read(where), where)
     own = model.state_dict()
-    if all(k.startswith("module.") for k in state) and not any(
-        k.startswith("module.") for k in own
-    ):
-        state = {k.removeprefix("module."): v for k, v in state.items()}
-
+    state = _without_prefixes(_unwrap(_read(where), where), own)
     shapes = {k: (tuple(v.shape), tuple(own[k].shape)) for k, v in state.items() if k in own}
     wrong = {k: pair for k, pair in shapes.items() if pair[0] != pair[1]}
     problems = {
@@ -104,13 +109,62 @@ def _unwrap(loaded: Any, path: str) -> dict[str, Tensor]:
     """The state dict inside what a file held."""
     found = f"a {type(loaded).__name__}"
     if isinstance(loaded, Mapping):
-        inner = (loaded.get(key) for key in ("state_dict", "model", "model_state_dict"))
-        state = next((i for i in inner if isinstance(i, Mapping)), loaded)
-        other = [str(k) for k, v in state.items() if not isinstance(v, Tensor)]
-        if state and not other:
-            return {str(k): v for k, v in state.items()}
+        inner = {k: loaded[k] for k in (*_AVERAGED, *_PLAIN) if isinstance(loaded.get(k), Mapping)}
+        whole = {k: v for k, v in inner.items() if _is_state(v)}
+        if whole:
+            return dict(whole[_chosen(loaded, whole, path)])
+        state = next(iter(inner.values()), loaded)
+        if _is_state(state):
+            return dict(state)
+        other = [str(k) for k, v in state.items() if not _is_state({k: v})]
         found = f"other values than tensors: {_some(other)}" if other else "an empty one"
     raise TeacherError(f"expected a state_dict in {path!r}, found {found}; {_RESAVE}")
+
+
+def _is_state(value: Mapping[Any, Any]) -> bool:
+    """Whether there is something in it, and nothing but tensors."""
+    return bool(value) and all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()
+    )
+
+
+def _chosen(loaded: Mapping[str, Any], whole: dict[str, Mapping[str, Tensor]], path: str) -> str:
+    """The key of the state dict to take; where there was a choice, a line says which it is."""
+    averaged = [k for k in whole if k in _AVERAGED]
+    candidates = averaged or list(whole)
+    first, *rest = candidates
+    for other in rest:
+        if not _same(whole[first], whole[other]):
+            raise TeacherError(
+                f"{path!r} holds different weights as {first!r} and as {other!r}; {_RESAVE}, from "
+                "the one that you mean"
+            )
+    left = [k for k in (*_AVERAGED, *_PLAIN) if k in loaded and k not in candidates]
+    if averaged or any(k in _AVERAGED for k in left):
+        what = "the moving average of the weights" if averaged else "the weights"
+        also = f" (it also holds {', '.join(map(repr, left))})" if left else ""
+        print(f"{path}: took {what}, {first!r}{also}", flush=True)
+    return first
+
+
+def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def _without_prefixes(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` under the names of ``own``, without as many prefixes as fits best."""
+    candidates = [state]
+    if not any(k == "n_averaged" for k in own):  # of torch.optim.swa_utils.AveragedModel
+        state = {k: v for k, v in state.items() if k != "n_averaged"}
+        candidates = [state]
+    while state and (shared := next((p for p in _PREFIXES if _all_start(state, p)), None)):
+        state = {k.removeprefix(shared): v for k, v in state.items()}
+        candidates.append(state)
+    return max(candidates, key=lambda names: len(names.keys() & own.keys()))
+
+
+def _all_start(state: Mapping[str, Tensor], prefix: str) -> bool:
+    return all(k.startswith(prefix) for k in state)
 
 
 def _some(items: Sequence[str]) -> str:

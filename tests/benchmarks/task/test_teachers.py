@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from baselines.quantization.checkpoint import fingerprint
 from benchmarks.errors import TeacherError
@@ -241,7 +242,10 @@ def test_build_needs_a_class():
 # load_weights
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "module.", "_orig_mod.", "model.", "backbone.", "module._orig_mod.", "model.backbone."],
+)
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "model_state_dict"])
 def test_prefix_and_wrappers(tmp_path, prefix, wrapper):
     source, model = digits_cnn(), digits_cnn()
@@ -252,11 +256,80 @@ def test_prefix_and_wrappers(tmp_path, prefix, wrapper):
     assert same(model, source)
 
 
-def test_a_models_own_module_prefix_stays(tmp_path):
-    source, model = nn.DataParallel(digits_cnn()), nn.DataParallel(digits_cnn())
-    torch.save(source.state_dict(), tmp_path / "w.pt")
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("own", ["module", "model", "backbone"])
+def test_a_models_own_prefix_stays(tmp_path, own, prefix):
+    source, model = (nn.Sequential(OrderedDict({own: digits_cnn()})) for _ in range(2))
+    torch.save({prefix + k: v for k, v in source.state_dict().items()}, tmp_path / "w.pt")
     load_weights(model, tmp_path / "w.pt")
     assert same(model, source)
+
+
+def test_a_prefix_of_some_keys_is_not_left_out(tmp_path):
+    model = digits_cnn()
+    twice = {p + k: v for p in ("model.", "backbone.") for k, v in STATE.items()}
+    before = fingerprint(model)
+    torch.save(twice, tmp_path / "w.pt")
+    parts = ("missing keys: conv1.weight", "unexpected keys: model.conv1.weight")
+    fails(load_weights, model, tmp_path / "w.pt", parts=parts)
+    assert fingerprint(model) == before
+
+
+EMA_KEYS = ("state_dict_ema", "model_ema", "ema", "ema_model", "ema_state_dict")
+
+
+@pytest.mark.parametrize("key", EMA_KEYS)
+@pytest.mark.parametrize("plain", ["state_dict", "model", None])
+def test_the_moving_average_is_taken_and_a_line_says_so(tmp_path, capsys, key, plain):
+    averaged, model = digits_cnn(), digits_cnn()
+    content = {key: averaged.state_dict(), "epoch": 3}
+    if plain:
+        content = {plain: digits_cnn().state_dict(), **content}
+    torch.save(content, tmp_path / "w.pt")
+    load_weights(model, tmp_path / "w.pt")
+    assert same(model, averaged)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{tmp_path / 'w.pt'}: took the moving average of the weights, {key!r}")
+    assert plain is None or line.endswith(f"(it also holds {plain!r})")
+
+
+def test_the_average_of_swa_utils(tmp_path, capsys):
+    averaged, model = AveragedModel(digits_cnn()), digits_cnn()
+    torch.save({"model": STATE, "model_ema": averaged.state_dict()}, tmp_path / "w.pt")
+    load_weights(model, tmp_path / "w.pt")
+    assert same(model, averaged.module)
+    assert "'model_ema'" in capsys.readouterr().out
+
+
+def test_an_average_that_is_no_state_dict_is_left_and_a_line_says_so(tmp_path, capsys):
+    model = digits_cnn()
+    shadow = {"decay": 0.999, "shadow_params": list(STATE.values())}
+    torch.save({"state_dict": STATE, "ema": shadow}, tmp_path / "w.pt")
+    load_weights(model, tmp_path / "w.pt")
+    assert torch.equal(model.conv1.weight, STATE["conv1.weight"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith("took the weights, 'state_dict' (it also holds 'ema')")
+
+
+@pytest.mark.parametrize(
+    "keys", [("state_dict", "model"), ("model", "model_state_dict"), ("ema", "model_ema")]
+)
+def test_several_different_weights_are_refused_by_name(tmp_path, capsys, keys):
+    model = digits_cnn()
+    before = fingerprint(model)
+    torch.save({k: digits_cnn().state_dict() for k in keys}, tmp_path / "w.pt")
+    parts = (f"different weights as {min(keys, key=KEYS.index)!r} and as", "re-save it")
+    fails(load_weights, model, tmp_path / "w.pt", parts=parts)
+    assert fingerprint(model) == before
+    torch.save(
+        dict.fromkeys(keys, STATE), tmp_path / "w.pt"
+    )  # there the choice makes no difference
+    load_weights(model, tmp_path / "w.pt")
+    assert torch.equal(model.conv1.weight, STATE["conv1.weight"])
+    assert capsys.readouterr().out == "" or "ema" in keys
+
+
+KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "model_state_dict")
 
 
 def test_num_batches_tracked_may_be_missing(tmp_path):
