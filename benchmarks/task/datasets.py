@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -139,7 +140,9 @@ def _read(file: Path, size: int) -> Tensor:
     """uint8 (3, size, size)."""
     try:
         with Image.open(file, formats=_FORMATS) as opened:
-            image = opened.convert("RGB")
+            image = _rgb(opened)
+    except DataError:
+        raise
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         raise DataError(
             f"cannot read {os.fspath(file)!r} as an image ({type(error).__name__}: {error}); "
@@ -148,6 +151,22 @@ def _read(file: Path, size: int) -> Tensor:
     if image.size != (size, size):
         image = TF.center_crop(TF.resize(image, [size]), [size])
     return TF.pil_to_tensor(image)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """8 bits a channel; 16-bit grey values are scaled, which Pillow's own conversion cuts off.
+
+    Transparency is dropped, as by torchvision's loader: the colours are those underneath.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        grey = np.asarray(image).astype(np.int64)
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))  # 65535 = 257 * 255
+    elif image.mode in ("I", "F"):
+        raise DataError(
+            f"{image.filename!r} has 32 bits a pixel (Pillow's mode {image.mode}), and nothing "
+            "says which values are black and white; save it with 8 or 16 bits"
+        )
+    return image.convert("RGB")
 
 
 def _normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -116,6 +116,60 @@ def test_grey_images_become_three_channels(tmp_path):
     assert torch.equal(images[0, 0], images[0, 2])
 
 
+def pixels(tmp_path):
+    """(3, 1, 4) in 0..255, of the one image there."""
+    images, _ = image_folder(tmp_path, image_size=4, mean=(0, 0, 0), std=(1, 1, 1))
+    return (images[0, :, 0] * 255).round().int()
+
+
+def square(row, mode=None, dtype=np.uint8):
+    return Image.fromarray(np.array([row] * 4, dtype=dtype), mode)
+
+
+@pytest.mark.parametrize("extension", ["png", "tiff", "pgm"])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path, extension):
+    (tmp_path / "a").mkdir()
+    row = [0, 300, 32768, 65535]
+    square(row, dtype=np.uint16).save(tmp_path / "a" / f"1.{extension}")
+    want = [round(v / 65535 * 255) for v in row]
+    assert want == [0, 1, 128, 255]
+    assert pixels(tmp_path).tolist() == [want] * 3
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_a_range_that_nothing_tells_is_refused_by_name(tmp_path, dtype):
+    (tmp_path / "a").mkdir()
+    square([0, 1, 2, 70000], dtype=dtype).save(tmp_path / "a" / "1.tiff")
+    fails(tmp_path, "1.tiff", "32 bits a pixel", "8 or 16 bits")
+
+
+# As torchvision's loader reads them: https://docs.pytorch.org/vision/stable/datasets.html
+CYAN, GREY, COLOURS = (0, 255, 255), (100, 100, 100), ((10, 20, 30), (200, 100, 50))
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "more", "want"),
+    [
+        ("1.png", square([[100, 0], [100, 255]] * 2, "LA"), {}, [GREY] * 4),
+        ("1.png", square([[*COLOURS[1], 0], [*COLOURS[0], 9]] * 2), {}, [*COLOURS[::-1]] * 2),
+        ("1.png", square([0, 255, 255, 0]).convert("1"), {}, [(v,) * 3 for v in (0, 255, 255, 0)]),
+        ("1.jpg", Image.new("CMYK", (4, 4), (255, 0, 0, 0)), {"quality": 100}, [CYAN] * 4),
+        ("1.tiff", Image.new("CMYK", (4, 4), (255, 0, 0, 0)), {}, [CYAN] * 4),
+        ("palette", None, {}, [*COLOURS] * 2),
+        ("palette", None, {"transparency": 0}, [*COLOURS] * 2),
+        ("palette", None, {"transparency": b"\x00\x80"}, [*COLOURS] * 2),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+def test_other_modes_keep_their_colours(tmp_path, name, image, more, want):
+    (tmp_path / "a").mkdir()
+    if name == "palette":
+        name, image = "1.png", square([0, 1, 0, 1], "P")
+        image.putpalette([v for colour in COLOURS for v in colour])
+    image.save(tmp_path / "a" / name, **more)
+    assert pixels(tmp_path).T.tolist() == [list(colour) for colour in want]
+
+
 def test_hidden_and_top_level_files_are_ignored(folder):
     (folder / "README.txt").write_text("about")
     (folder / "ant" / ".DS_Store").write_text("x")
