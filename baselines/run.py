@@ -230,8 +230,7 @@ class _Run:
         self.trainer, self.evaluate = trainer, evaluate
         steps = trainer.recipe.steps
         self.record_at = {round(steps * (i + 1) / records) for i in range(records)}
-        rng = torch.Generator(trainer.device).manual_seed(trainer.seed)
-        latents, _ = trainer.generator.sample(64, rng)
+        latents = trainer.sample_latents(64, trainer.seed)
         self.probe = DiversityProbe(trainer.generator, latents, trainer.teacher)
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0

@@ -17,6 +17,7 @@ from typing import IO, Any
 import torch
 from torch import fx, nn
 
+from baselines.defaults import torch_defaults
 from baselines.errors import CheckpointError
 from baselines.quantization.graph import traced
 from baselines.quantization.policy import QuantizationConfig
@@ -139,6 +140,7 @@ def save_quantized(model: fx.GraphModule, path: str | Path) -> None:
     )
 
 
+@torch_defaults()
 def load_quantized(path: str | Path, architecture: nn.Module) -> fx.GraphModule:
     """Read a quantized network back, in eval mode, float32, with the same logits.
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from agm import Hook
 from agm.hooks import Network
+from baselines.defaults import torch_defaults
 from baselines.errors import CheckpointError, ConfigError, NonFiniteLossError
 from baselines.quantization.batch_norms import with_folded_norms
 from baselines.quantization.graph import Reference, check_logits_shape, traced
@@ -88,6 +89,7 @@ class Trainer:
         step_count: steps done.
     """
 
+    @torch_defaults()
     def __init__(
         self,
         teacher: nn.Module,
@@ -153,6 +155,7 @@ class Trainer:
         """Whether the next step trains the generator alone."""
         return self.step_count < self.recipe.warmup_steps
 
+    @torch_defaults()
     @torch.enable_grad()
     def step(self) -> dict[str, Tensor]:
         """One turn of the loop; returns its loss terms, detached, keys ``G/...`` and ``Q/...``.
@@ -270,10 +273,15 @@ class Trainer:
     def _place(self, network: nn.Module) -> nn.Module:
         return network.to(self.device, torch.float32, memory_format=torch.channels_last)
 
+    @torch_defaults()
+    def sample_latents(self, n: int, seed: int = 0) -> tuple[Any, ...]:
+        """The generator's inputs for n images, of an rng of their own."""
+        return self.generator.sample(n, torch.Generator(self.device).manual_seed(seed))[0]
+
+    @torch_defaults()
     def sample_images(self, n: int, seed: int = 0) -> Tensor:
         """n images of the present generator, (n, C, s, s) float32; the run is left untouched."""
-        rng = torch.Generator(self.device).manual_seed(seed)
-        latents, _ = self.generator.sample(n, rng)
+        latents = self.sample_latents(n, seed)
         generator = copy.deepcopy(self.generator)
         with torch.no_grad():
             return self._run(generator, *latents).float()
@@ -291,6 +299,7 @@ class Trainer:
             "hooks": [hook.state_dict() for hook in self.hooks],
         }
 
+    @torch_defaults()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken, with the same arguments to the constructor."""
         if len(state["hooks"]) != len(self.hooks):
