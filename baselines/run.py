@@ -68,6 +68,7 @@ def quantize(
     act_bits: int = 3,
     hooks: Sequence[Hook] = (),
     image_size: int = 32,
+    in_channels: int | None = None,
     recipe: str = "quick",
     steps: int | None = None,
     batch_size: int | None = None,
@@ -94,8 +95,10 @@ def quantize(
         teacher: images (N, C, s, s) -> logits, with BatchNorm, Conv, Linear and ReLU; untouched.
         method: ``"gdfq"``, ``"qimera"`` or ``"adadfq"``.
         weight_bits, act_bits: 2 to 8.
-        hooks: add-ons, e.g. ``[AGM()]``; each run needs its own.
-        image_size: s, a multiple of 4; the channels are those of the first convolution that runs.
+        hooks: a list of add-ons, e.g. ``[AGM()]``; each run needs its own.
+        image_size: s, a multiple of 4.
+        in_channels: C, of the images (default: that of the first convolution that runs, which is
+            wrong for a network that repeats grey images to three channels inside).
         recipe: ``"quick"``, or ``"paper"`` for the published settings.
         steps, batch_size: in place of the recipe's; the proportions of the schedule stay.
         activations: which are quantized, in place of the recipe's: ``"inputs"`` (``quick``), all
@@ -130,6 +133,7 @@ def quantize(
         act_bits=act_bits,
         hooks=hooks,
         image_size=image_size,
+        in_channels=in_channels,
         recipe=recipe,
         steps=steps,
         batch_size=batch_size,
@@ -152,10 +156,11 @@ def quantize(
         "seed": seed,
         "image_size": image_size,
         "input": [trainer.input_mean.tolist(), trainer.input_std.tolist()],
+        "in_channels": in_channels,
         "precision": trainer.precision,
         "teacher": checkpoint.fingerprint(teacher),
         "records": records,
-        "hooks": [_described(hook) for hook in hooks],
+        "hooks": [_described(hook) for hook in trainer.hooks],
     }
     if resume and checkpoint_path is not None:
         state = checkpoint.load_newest(checkpoint_path)
@@ -190,6 +195,7 @@ def make_trainer(
     act_bits: int,
     hooks: Sequence[Hook] = (),
     image_size: int = 32,
+    in_channels: int | None = None,
     recipe: str = "quick",
     steps: int | None = None,
     batch_size: int | None = None,
@@ -209,7 +215,11 @@ def make_trainer(
         scheme=scheme, edge_bits=edge_bits, ste=plan.ste,
         range_estimator=plan.range_estimator, fold_batch_norm=plan.fold_batch_norm,
     )  # fmt: skip
-    shape = (image_channels(teacher, image_size) or 3, image_size, image_size)
+    if in_channels is None:
+        in_channels = image_channels(teacher, image_size) or 3
+    if not isinstance(in_channels, int) or in_channels < 1:
+        raise ConfigError(f"in_channels must be a whole number >= 1, got {in_channels!r}")
+    shape = (in_channels, image_size, image_size)
     return Trainer(
         teacher, method=losses, recipe=plan, config=config, image_shape=shape, hooks=hooks, **where
     )

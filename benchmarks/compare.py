@@ -62,6 +62,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--weights", type=Path, help="trained weights: a state_dict, bare or in a checkpoint")
     add("--data", type=Path, help="ImageFolder to evaluate on; without it accuracies are n/a")
     add("--image-size", type=int, help="pixels a side (default: digits 8, torchvision 224, or 32)")
+    add("--in-channels", type=int, help="of the images (default: the first convolution's)")
     add("--num-classes", type=int, help="default: the folders of --data, or 10 (torchvision 1000)")
     add("--mean", type=float, nargs="+", help="of the model's input (default: ImageNet's)")
     add("--std", type=float, nargs="+", help="likewise")
@@ -212,7 +213,9 @@ class Comparison:
         return policies
 
     def _training(self) -> dict[str, Any]:
-        names = ("recipe", "steps", "batch_size", "activations", "device", "precision")
+        names = (
+            "in_channels", "recipe", "steps", "batch_size", "activations", "device", "precision",
+        )  # fmt: skip
         return {name: getattr(self.args, name) for name in names}
 
     def _claim_folder(self) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from baselines.errors import UnsupportedLayerError
 from baselines.methods import gdfq
 from baselines.methods.gdfq import GDFQ
+from baselines.quantization.batch_norms import CONVOLUTIONS
 from baselines.training.generators import Decoder
 from baselines.training.recipe import Recipe
 
@@ -65,8 +66,9 @@ class Qimera(GDFQ):
         probability: p, that a step superposes (default 0.4).
         superposed: K; None (default) for the published 2 up to 10 classes, 10 up to 100, else 100,
             which is MobileNetV2's (ResNet-18 and ResNet-50 have 500, the latter with p = 0.7).
-        from_classifier: start the embeddings from the rows of the teacher's last linear layer; None
-            (default) where published: small images with more than 10 classes (and ResNet-50).
+        from_classifier: start the embeddings from the rows of the teacher's last layer, a Linear
+            or a 1x1 Conv2d; None (default) where published: small images with more than 10 classes
+            (and ResNet-50).
     """
 
     latent_dim: int = 64
@@ -94,13 +96,16 @@ class Qimera(GDFQ):
     def _embedding(self, teacher: nn.Module, num_classes: int, from_classifier: bool) -> Tensor:
         if not from_classifier:
             return torch.randn(num_classes, self.latent_dim)
-        rows = [m.weight for m in teacher.modules() if isinstance(m, nn.Linear)][-1:]
-        if not rows or len(rows[0]) != num_classes:
+        weights = [m.weight for m in teacher.modules() if isinstance(m, (nn.Linear, *CONVOLUTIONS))]
+        shape = weights[-1].shape if weights else ()
+        # Linear, or a convolution of one pixel: in either case a row a class.
+        if shape[:1] != (num_classes,) or shape[2:].numel() != 1:
             raise UnsupportedLayerError(
-                "Qimera starts its embeddings from the teacher's last Linear layer, which must "
-                f"have {num_classes} outputs, one a class; set from_classifier=False without it"
+                "Qimera starts its embeddings from the teacher's last layer, which must be a "
+                f"Linear or a 1x1 convolution with {num_classes} outputs, one a class, and has "
+                f"weights {tuple(shape)}; set from_classifier=False without it"
             )
-        return rows[0].detach().cpu()
+        return weights[-1].detach().flatten(1).cpu()
 
 
 def paper(image_size: int) -> tuple[Qimera, Recipe]:

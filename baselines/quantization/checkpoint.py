@@ -66,6 +66,7 @@ def save(path: str | Path, state: dict[str, Any], *, keep_previous: bool = False
     _sync_folder(path.parent)
 
 
+@torch_defaults()
 def load(path: str | Path) -> dict[str, Any]:
     """Read what :func:`save` wrote.
 

@@ -31,7 +31,12 @@ from torch import Tensor, nn
 from agm import Hook
 from agm.hooks import Network
 from baselines.defaults import torch_defaults
-from baselines.errors import CheckpointError, ConfigError, NonFiniteLossError
+from baselines.errors import (
+    CheckpointError,
+    ConfigError,
+    NonFiniteLossError,
+    UnsupportedLayerError,
+)
 from baselines.quantization.batch_norms import with_folded_norms
 from baselines.quantization.graph import Reference, check_logits_shape, traced
 from baselines.quantization.policy import BitPolicy, QuantizationConfig, bit_policy
@@ -77,7 +82,7 @@ class Trainer:
         input_mean, input_std: of the images that the teacher was trained on, as it takes them, one
             number or one a channel; generated ones get the same. None: as its first BatchNorm
             tells.
-        hooks: the add-ons, called in this order.
+        hooks: the add-ons, a list, called in this order.
         seed: of the generator's initial weights and of all draws.
         device: where to train.
         precision: ``"fp32"`` or ``"bf16"`` (autocast), or ``"auto"``: bf16 where the device
@@ -106,7 +111,7 @@ class Trainer:
         precision: str = "auto",
     ) -> None:
         self.method, self.recipe, self.config = method, recipe, config
-        self.hooks, self.seed = list(hooks), seed
+        self.hooks, self.seed = check_hooks(hooks), seed
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         network = traced(teacher, image_shape)
@@ -126,6 +131,12 @@ class Trainer:
         self.teacher = self._place(folded.requires_grad_(False))
         self.layers = normalising_layers(self.teacher)
         self.num_classes = check_logits_shape(reference.logits)
+        if self.num_classes == 1:
+            raise UnsupportedLayerError(
+                "the network gives one logit, of which all methods take the softmax: it is always "
+                "1, and there is nothing to learn from; give it two outputs, 0 and the logit"
+            )
+        check_batch(recipe.batch_size, image_shape)
         # Seeds the CPU's generator alone: torch.manual_seed would reach every GPU's.
         with _SEEDING, torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -335,6 +346,33 @@ class Remembered:
         if self.output is None or self.images is not images:
             self.images, self.output = images, self.network(images)
         return self.output
+
+
+def check_hooks(hooks: Sequence[Hook]) -> list[Hook]:
+    """``hooks`` as a list, once each of them is seen to have all that a hook needs."""
+    if not isinstance(hooks, Iterable):
+        raise ConfigError(f"hooks must be a list, got {type(hooks).__name__}; write hooks=[...]")
+    hooks = list(hooks)
+    for hook in hooks:
+        needed = ("generator_loss", "student_batch", "state_dict", "load_state_dict")
+        lacking = [name for name in needed if not callable(getattr(hook, name, None))]
+        if isinstance(hook, type) or lacking:
+            what = f"the class {hook.__name__}" if isinstance(hook, type) else type(hook).__name__
+            raise ConfigError(
+                f"hooks must be objects with {', '.join(needed)}, got {what}; "
+                "see agm.Hook, or write hooks=[AGM()]"
+            )
+    return hooks
+
+
+def check_batch(batch_size: int, image_shape: tuple[int, int, int]) -> None:
+    """Raise :class:`ConfigError` if the generators' first BatchNorm would see one value."""
+    size = image_shape[-1]
+    if batch_size == 1 and size == 4:
+        raise ConfigError(
+            "one image of 4 pixels a side starts from one value a channel, of which the "
+            "generator's BatchNorm has no spread; set batch_size to 2 or more"
+        )
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

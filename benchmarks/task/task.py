@@ -81,7 +81,9 @@ def load_task(args: argparse.Namespace) -> Task:
             f"the model {args.model!r} comes with random weights; pass trained ones by --weights, "
             "a file that torch.save made of a state_dict"
         )
-    channels = image_channels(teacher, size)
+    channels = args.in_channels if args.in_channels is not None else image_channels(teacher, size)
+    if channels is not None and channels < 1:
+        raise UsageError(f"--in-channels must be at least 1, got {channels}")
     if channels is None:
         raise UsageError(f"the model {args.model!r} has no convolution, so it takes no images")
     if args.data is not None and channels != 3:
@@ -96,8 +98,8 @@ def load_task(args: argparse.Namespace) -> Task:
         std = datasets.DIGITS_STD if channels == 1 else datasets.IMAGENET_STD
     if len(mean) != channels or len(std) != channels:
         raise UsageError(
-            f"--mean and --std need {channels} numbers, one a channel of the model's first "
-            f"convolution; got {len(mean)} and {len(std)}"
+            f"--mean and --std need {channels} numbers, one a channel of the images; "
+            f"got {len(mean)} and {len(std)}"
         )
     if not all(math.isfinite(v) for v in (*mean, *std)) or min(std) <= 0:
         raise UsageError(f"--mean and --std must be finite, --std > 0; got {mean} and {std}")
@@ -106,7 +108,8 @@ def load_task(args: argparse.Namespace) -> Task:
             logits = teacher(torch.zeros(2, channels, size, size))
     except Exception as error:  # the user's network may raise anything
         raise UsageError(
-            f"the model does not take {channels}x{size}x{size} images ({error}); set --image-size"
+            f"the model does not take {channels}x{size}x{size} images ({error}); set --image-size "
+            "or --in-channels"
         ) from error
     got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if got != (2, num_classes):

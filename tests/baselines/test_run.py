@@ -1,9 +1,11 @@
 """Whole runs: history, evaluation, files, interruption."""
 
+import contextlib
 import copy
 import itertools
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from agm import AGM, AgmError
+from agm import AGM, AgmError, LinearInterpolation
 from baselines import METHODS, RECIPES, Interrupted, load_quantized, quantize, save_quantized
 from baselines.errors import CheckpointError, ConfigError, UnsupportedLayerError
 from baselines.quantization import checkpoint
@@ -444,6 +446,110 @@ def test_a_caller_without_gradients():
         assert same_result(run(), want)
 
 
+# The caller's defaults
+
+
+@contextlib.contextmanager
+def float64():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def default_device():
+    torch.set_default_device("meta")  # where no value can be had
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+def defaults():
+    device = torch.get_default_device()
+    return torch.get_default_dtype(), device, torch.is_inference_mode_enabled()
+
+
+DEFAULTS = [float64, torch.inference_mode, default_device]
+
+
+@pytest.mark.parametrize("surroundings", DEFAULTS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_callers_defaults_change_nothing(tmp_path, surroundings, method, recipe):
+    path, settings = tmp_path / "run.pt", {"method": method, "recipe": recipe}
+    asked = []
+
+    def evaluate(model):
+        asked.append(defaults())
+        return 1.0
+
+    want = run(hooks=[AGM()], **settings, evaluate=evaluate)
+    usual = asked.pop()
+    asked.clear()
+    with surroundings():
+        now = defaults()
+        interrupted(path, hooks=[AGM()], **settings, evaluate=evaluate, checkpoint_every=2)
+        got = run(hooks=[AGM()], **settings, evaluate=evaluate, checkpoint_path=path, resume=True)
+        got.save(tmp_path / "w3a3.pt")
+        loaded = load_quantized(tmp_path / "w3a3.pt", TEACHER)
+    assert {*asked} == {now} != {usual}  # the user's own function has the user's surroundings
+    assert same_result(got, want)
+    assert state_of(loaded) == state_of(want.model)
+    assert torch.equal(loaded(images()), want.model(images()))
+    assert not any(t.is_inference() for t in (*loaded.state_dict().values(), got.images))
+
+
+def test_a_teacher_made_in_inference_mode(tmp_path):
+    with torch.inference_mode():
+        teacher = Tiny()
+    result = run(teacher)
+    assert same_result(result, run())
+    result.save(tmp_path / "w3a3.pt")
+    assert state_of(load_quantized(tmp_path / "w3a3.pt", teacher)) == state_of(result.model)
+
+
+def test_runs_in_threads_are_those_of_one_after_the_other():
+    settings = [{"method": m, "seed": s} for m in METHODS for s in range(2)]
+    want = [run(hooks=[AGM()], **s) for s in settings]
+    with float64(), ThreadPoolExecutor(len(settings)) as pool:
+        # The default dtype is the process's, and the first to leave must not give it back.
+        runs = [pool.submit(run, hooks=[AGM()], **s) for s in settings]
+        got = [r.result() for r in runs]
+    assert all(same_result(a, b) for a, b in zip(got, want, strict=True))
+
+
+# What a network or a setting may lack
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_images_of_four_pixels_a_side(method):
+    result = run(method=method, image_size=4, batch_size=2)
+    assert result.images.shape == (64, 3, 4, 4)
+    assert all(math.isfinite(v) for row in result.history[1:] for v in row.values())
+
+
+class Grey(nn.Module):
+    """Takes grey images and repeats them to three channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Tiny()
+
+    def forward(self, x):
+        return self.net(x.repeat(1, 3, 1, 1))
+
+
+def test_grey_images_that_are_repeated_to_three_channels():
+    result = run(Grey(), in_channels=1)
+    assert result.images.shape == (64, 1, 8, 8)
+    assert result.model(torch.zeros(2, 1, 8, 8)).shape == (2, 4)
+    with pytest.raises(ConfigError, match=r"does not take 3x8x8 images.*in_channels"):
+        run(Grey())
+
+
 def test_a_checkpoint_in_no_folder_is_refused_before_the_first_step(tmp_path):
     path = tmp_path / "nowhere" / "run.pt"
     with pytest.raises(CheckpointError, match=r"nowhere.*folder"):
@@ -470,6 +576,13 @@ EIGHT_PIXELS = nn.Sequential(
         ({"steps": 0}, "steps.*got 0"),
         ({"batch_size": 0}, "batch_size.*got 0"),
         ({"image_size": 10}, "image_size.*got 10"),
+        ({"image_size": 4, "batch_size": 1}, "one image of 4 pixels.*batch_size to 2"),
+        ({"in_channels": 0}, "in_channels.*got 0"),
+        ({"in_channels": 1.5}, "in_channels.*got 1.5"),
+        ({"hooks": AGM()}, r"hooks must be a list, got AGM; write hooks=\[...\]"),
+        ({"hooks": None}, "hooks must be a list, got NoneType"),
+        ({"hooks": [AGM]}, r"the class AGM.*hooks=\[AGM\(\)\]"),
+        ({"hooks": [LinearInterpolation()]}, "student_batch.*got LinearInterpolation"),
         ({"precision": "int8"}, "precision 'int8'"),
         ({"device": "toaster"}, "device 'toaster'"),
         ({"device": "cuda:99"}, "device 'cuda:99'"),
@@ -495,3 +608,5 @@ def test_bad_teachers():
     ):
         with pytest.raises(UnsupportedLayerError, match=word):
             run(teacher)
+    with pytest.raises(UnsupportedLayerError, match=r"one logit.*two outputs"):
+        run(Tiny(classes=1))

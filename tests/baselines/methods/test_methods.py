@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -270,11 +271,28 @@ def test_published_starts(classes, size, from_classifier, k):
     assert chosen.shape == (2, k)
 
 
-def test_no_classifier_to_start_from():
-    convolutional = nn.Sequential(nn.Conv2d(3, 20, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    for teacher in (convolutional, Tiny(classes=7)):
-        with pytest.raises(UnsupportedLayerError, match=r"20 outputs.*from_classifier=False"):
-            Qimera(from_classifier=True).make_generator(teacher, 20, (3, 8, 8))
+def test_embeddings_from_a_convolutional_classifier():
+    teacher = nn.Sequential(
+        nn.Linear(3, 20), nn.Conv2d(3, 20, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    generator = Qimera(width=4, from_classifier=True).make_generator(teacher, 20, (3, 8, 8))
+    assert generator.embedding.weight.tolist() == teacher[1].weight[:, :, 0, 0].tolist()
+    assert generator(*generator.sample(3, rng(0))[0]).shape == (3, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "shape"),
+    [
+        (Tiny(classes=7), (7, 4)),
+        (nn.Sequential(nn.Linear(3, 20), nn.Conv2d(3, 20, 3)), (20, 3, 3, 3)),
+        (nn.Sequential(nn.Linear(3, 20), nn.Conv2d(20, 7, 1)), (7, 20, 1, 1)),
+        (nn.ReLU(), ()),
+    ],
+)
+def test_no_classifier_to_start_from(teacher, shape):
+    received = rf"20 outputs.*weights {re.escape(str(shape))}; set from_classifier=False"
+    with pytest.raises(UnsupportedLayerError, match=received):
+        Qimera(from_classifier=True).make_generator(teacher, 20, (3, 8, 8))
 
 
 # Generators
