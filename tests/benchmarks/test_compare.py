@@ -72,6 +72,10 @@ class Pair(nn.Module):
     def forward(self, x):
         return self.net(x), x
 
+class Grey(Pair):
+    def forward(self, x):
+        return self.net(x.repeat(1, 3, 1, 1))
+
 class Branching(Pair):
     def forward(self, x):
         return self.net(x if x.sum() > 0 else -x)
@@ -512,6 +516,18 @@ def test_mistakes(name, weights, folder, home):
     assert not (home / "canary").exists()
     with pytest.raises(AgmError):  # which Python shows with its traceback
         compare.main([*BRIEF, *(str(a) for a in argv), *where, "--debug"])
+
+
+def test_grey_images_that_a_network_repeats_to_three_channels(home):
+    command = (*BRIEF3, "--model", "nets:Grey", "--out", "run")
+    assert "3x32x32 images" in (line := complaint(*command))
+    assert "--in-channels" in line
+    assert "--in-channels must be at least 1, got 0" in complaint(*command, "--in-channels", 0)
+    status, out, _ = call(*command, "--in-channels", 1)
+    assert status == 0
+    assert "--in-channels 1" in out
+    (images,) = home.glob("run/*.npy")
+    assert np.load(images).shape == (64, 32, 32, 1)
 
 
 def test_a_file_that_is_no_image(folder, home):
