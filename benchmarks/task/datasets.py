@@ -31,9 +31,10 @@ DIGITS_SPLIT_SEED = 0
 
 # Decoded images of up to so many bytes stay in memory; more are read anew in every pass.
 KEPT_BYTES = 2**29
-# Pixels in a batch, within the bounds on its images.
+# Pixels in a batch, within the bounds on its images: at 224 pixels a core's caches hold what 8 of
+# them need, and EfficientNet-Lite0 takes 19 ms an image, but 35 in batches of 32.
 BATCH_PIXELS = 2**18
-BATCH_BOUNDS = (32, 250)
+BATCH_BOUNDS = (8, 250)
 MAX_WORKERS = 4
 
 # Those whose extensions torchvision's ImageFolder knows.
@@ -119,7 +120,8 @@ class Images:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches = self._decode() if self._decoded is None else self._decoded
         for levels, labels in zip(batches, self.labels.split(self.batch_size), strict=True):
-            yield self.inputs.normalised(levels, self.white), labels
+            images = self.inputs.normalised(levels, self.white)
+            yield images.contiguous(memory_format=torch.channels_last), labels
 
     def _decode(self) -> Iterator[Tensor]:
         keep = self.pixels * len(self.inputs.mean) <= KEPT_BYTES
