@@ -215,7 +215,7 @@ def hits(
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
     modes = [(m, m.training) for m in model.modules()]
-    found = []
+    found: list[list[bool]] = []  # no tensors, small ones between large ones fragment the heap
     try:
         model.eval()
         with torch.no_grad():
@@ -235,13 +235,13 @@ def hits(
                 y = labels.to(device)
                 first = logits.argmax(1) == y
                 five = logits.topk(min(5, shape[1])).indices == y[:, None]
-                found.append(torch.stack([first, first | five.any(1)], 1))
+                found += torch.stack([first, first | five.any(1)], 1).tolist()
     finally:
         for module, training in modes:
             module.training = training
     if not found:
         raise TeacherError("expected images, got none")
-    return torch.cat(found).cpu()
+    return torch.tensor(found)
 
 
 def _imported(module: str, name: str, num_classes: int, pretrained: bool) -> nn.Module:

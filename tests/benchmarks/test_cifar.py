@@ -69,8 +69,10 @@ def test_a_download_that_fails(monkeypatch, tmp_path, capsys, error):
 def test_a_download_that_is_not_the_published_one(monkeypatch, tmp_path, capsys, name):
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
+    utils = "torchvision.datasets.utils."
+    monkeypatch.setattr(utils + "_get_redirect_url", lambda url, **_: url)
     monkeypatch.setattr(
-        "torchvision.datasets.utils._urlretrieve",
+        utils + "_urlretrieve",
         lambda url, file, *_: cifar.Path(file).write_bytes(b"not what was asked for"),
     )
     assert cifar.main([name, "--out", "dev"]) == 2
