@@ -107,7 +107,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.arms = ["none"]
     if args.with_agm is not None:
         args.arms += dict.fromkeys(args.with_agm or ["both"])
-    if min(args.seeds, args.checkpoint_every, args.eval_every or 1) < 1:
+    counts = (args.seeds, args.checkpoint_every, args.eval_every)
+    if any(count is not None and count < 1 for count in counts):
         raise UsageError("--seeds, --checkpoint-every and --eval-every must be at least 1")
     if not 0 <= args.first_seed < 2**32:
         raise UsageError(f"--first-seed must be in [0, 2^32), got {args.first_seed}")
@@ -167,6 +168,9 @@ class Comparison:
     def run(self) -> int:
         """All cells that are not finished, then the report; returns the exit status."""
         self._claim_folder()
+        if self.task.images is not None:  # the pass that decodes them all, and names a damaged one
+            self.full_precision = _accuracies("fp", self.task.figures(self.task.teacher))
+        report.write_json(self.out / "settings.json", self._settings())
         rows = {cell["name"]: row for cell in self.cells if (row := self._finished(cell))}
         todo = [cell for cell in self.cells if cell["name"] not in rows]
         fp = report.percent(self.full_precision, "accuracy_fp")
@@ -244,9 +248,6 @@ class Comparison:
                 f"{self.out} was made with other settings ({'; '.join(other)}); repeat its "
                 "command, or choose another --out"
             )
-        if self.task.images is not None:  # here, as it names a damaged image
-            self.full_precision = _accuracies("fp", self.task.figures(self.task.teacher))
-        report.write_json(known, now)
         for name in [*(cell["name"] for cell in self.cells), "report", "settings"]:
             for stale in [*self.out.glob(f"{name}.*.tmp"), *self.out.glob(f".{name}.*.tmp")]:
                 stale.unlink()

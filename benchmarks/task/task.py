@@ -41,9 +41,7 @@ class Task:
         """
         assert self.images is not None
         count = -(-len(self.images) // self.images.batch_size)
-        batches = tqdm(
-            self.images, "evaluating", count, delay=PATIENCE, leave=False, unit="batch"
-        )
+        batches = tqdm(self.images, "evaluating", count, delay=PATIENCE, leave=False, unit="batch")
         first, five = teachers.hits(model, batches, device=self.device).unbind(1)
         labels = self.images.labels
         chosen = {"accuracy": first}

@@ -213,7 +213,10 @@ def test_build_a_users_model(name, classes):
 @pytest.mark.usefixtures("module")
 def test_a_users_model_may_take_pretrained():
     assert build("user_model:two", num_classes=7)(torch.zeros(2, 4)).shape == (2, 7)
-    assert build("user_model:two", num_classes=7, pretrained=True)(torch.zeros(2, 4)).shape == (2, 9)
+    assert build("user_model:two", num_classes=7, pretrained=True)(torch.zeros(2, 4)).shape == (
+        2,
+        9,
+    )
     parts = ("'user_model:net' takes no argument pretrained", "--weights")
     fails(build, "user_model:net", pretrained=True, parts=parts)
 
@@ -227,7 +230,13 @@ def test_our_own_have_no_pretrained_weights(name):
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("resnet21", ("unknown model 'resnet21'", "'digits', 'resnet20', 'efficientnet_lite0', 'torchvision:NAME'")),
+        (
+            "resnet21",
+            (
+                "unknown model 'resnet21'",
+                "'digits', 'resnet20', 'efficientnet_lite0', 'torchvision:NAME'",
+            ),
+        ),
         ("", ("unknown model ''", "'package.module:factory'")),
         (":net", ("unknown model ':net'",)),
         ("torchvision:resnet19", ("no classifier 'resnet19'", "did you mean", "resnet18")),
