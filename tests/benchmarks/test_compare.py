@@ -407,6 +407,14 @@ def test_many_classes_are_judged_by_their_five_largest_logits_too(home):
     assert "last step %, top-5" in load("run")["table"]
 
 
+@pytest.mark.parametrize(("patience", "shown"), [(0, True), (1e9, False)])
+def test_a_long_evaluation_shows_its_progress(monkeypatch, patience, shown):
+    monkeypatch.setattr(tasks, "PATIENCE", patience)
+    status, text, _ = call(*BRIEF3, "--out", "run", together=True)
+    assert status == 0
+    assert ("evaluating: " in text) == shown
+
+
 def test_few_classes_are_not(finished):
     for cell in load(finished[0])["cells"]:
         assert cell["accuracy_last_top5"] is None

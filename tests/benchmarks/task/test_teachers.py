@@ -213,10 +213,8 @@ def test_build_a_users_model(name, classes):
 @pytest.mark.usefixtures("module")
 def test_a_users_model_may_take_pretrained():
     assert build("user_model:two", num_classes=7)(torch.zeros(2, 4)).shape == (2, 7)
-    assert build("user_model:two", num_classes=7, pretrained=True)(torch.zeros(2, 4)).shape == (
-        2,
-        9,
-    )
+    model = build("user_model:two", num_classes=7, pretrained=True)
+    assert model(torch.zeros(2, 4)).shape == (2, 9)
     parts = ("'user_model:net' takes no argument pretrained", "--weights")
     fails(build, "user_model:net", pretrained=True, parts=parts)
 
