@@ -94,7 +94,10 @@ def load_task(args: argparse.Namespace) -> Task:
             f"the model {args.model!r} comes with random weights; {own}pass trained ones by "
             "--weights, a file that torch.save made of a state_dict"
         )
-    channels = image_channels(teacher, size)
+    if inputs is None:
+        channels = image_channels(teacher, 32 if args.image_size is None else args.image_size)
+    else:
+        channels = len(inputs.mean)
     if channels is None:
         raise UsageError(f"the model {args.model!r} has no convolution, so it takes no images")
     if args.data is not None and channels != 3:
