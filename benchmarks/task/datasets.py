@@ -130,7 +130,7 @@ class Images:
             self.batch_size,
             num_workers=0 if keep else _workers(),
             collate_fn=_collated,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_own_signals,
             generator=torch.Generator(),  # else a pass draws from the global one
         )
         kept = []
@@ -151,10 +151,13 @@ def _workers() -> int:
     return min(len(os.sched_getaffinity(0)) - 1, MAX_WORKERS)
 
 
-def _ignore_signals(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one decides what it means."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _own_signals(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal, and the main one decides what it means.
+
+    SIGTERM is how it ends its workers, whatever it does on SIGTERM itself.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _collated(pairs: list[tuple[Tensor | DataError, Any]]) -> Tensor | DataError:

@@ -1,6 +1,8 @@
 import multiprocessing
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -273,6 +275,30 @@ def test_an_error_of_a_worker_is_the_same_line(many):
     with pytest.raises(DataError) as caught:
         load(many)
     assert "\n" not in str(caught.value)
+
+
+BROKEN_OFF = """
+import sys
+from benchmarks.process import Stop
+from benchmarks.task import datasets
+
+datasets.KEPT_BYTES, datasets._workers = 0, lambda: 2
+with Stop().listening():
+    batches = iter(datasets.image_folder(sys.argv[1], datasets.Inputs(8, 8)))
+    next(batches)
+    raise ValueError("in the midst of a pass")
+"""
+
+
+def test_workers_end_with_a_program_that_breaks_off(many, monkeypatch):
+    for i in range(900):
+        (many / "a" / f"link{i}.png").symlink_to(many / "a" / "0.png")
+    run = subprocess.run(
+        [sys.executable, "-c", BROKEN_OFF, many], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 1
+    assert "in the midst of a pass" in run.stderr
+    assert "stopping after this step" not in run.stderr  # from a worker
 
 
 def test_a_child_process_starts_no_workers():
