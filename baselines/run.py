@@ -1,7 +1,7 @@
 """A whole run: from a teacher to its quantized network, measured, checkpointed, resumable."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,8 @@ def quantize(
     seed: int = 0,
     device: str | torch.device = "cpu",
     precision: str = "auto",
-    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate: Callable[[nn.Module], float | Mapping[str, float]] | None = None,
+    eval_every: int | None = None,
     records: int = 20,
     checkpoint_path: str | Path | None = None,
     checkpoint_every: int = 200,
@@ -106,8 +107,11 @@ def quantize(
         scheme, edge_bits: see :class:`baselines.quantization.policy.QuantizationConfig`.
         input_mean, input_std: see :class:`baselines.training.trainer.Trainer`.
         seed, device, precision: see :class:`baselines.training.trainer.Trainer`.
-        evaluate: quantized network -> accuracy; called straight after quantization, then at every
-            record. Never used for training or selection: ``model`` is that of the last step.
+        evaluate: quantized network -> accuracy, or several figures by name, ``"accuracy"`` one of
+            them, which history takes. Called straight after quantization, then every so often, and
+            after the last step. Never used for training or selection: ``model`` is that of the
+            last step.
+        eval_every: steps between two calls of ``evaluate``, >= 1 (default: at every record).
         records: how often history is written, evenly over the run.
         checkpoint_path, checkpoint_every, resume: where and how often (every so many steps, >= 1)
             to save the run, and whether to go on from there; the result is then bit-identical to
@@ -120,8 +124,9 @@ def quantize(
             weights of the step before.
         Interrupted: ``stop`` said so.
     """
-    if checkpoint_every < 1:
-        raise ConfigError(f"checkpoint_every must be >= 1, got {checkpoint_every}")
+    for name, steps_between in (("checkpoint_every", checkpoint_every), ("eval_every", eval_every)):
+        if steps_between is not None and steps_between < 1:
+            raise ConfigError(f"{name} must be >= 1, got {steps_between}")
     if checkpoint_path is not None and not Path(checkpoint_path).parent.is_dir():
         raise CheckpointError(
             f"checkpoint_path {str(checkpoint_path)!r} is in no folder; make the folder first"
@@ -148,7 +153,7 @@ def quantize(
     )
     plan, config = trainer.recipe, trainer.config
     on_policy(trainer.policy)
-    run = _Run(trainer, evaluate, records)
+    run = _Run(trainer, evaluate, eval_every, records)
     identity = {
         "method": method,
         "plan": vars(plan),
@@ -161,6 +166,7 @@ def quantize(
         "teacher": checkpoint.fingerprint(teacher),
         "records": records,
         "hooks": [_described(hook) for hook in trainer.hooks],
+        "eval_every": eval_every,
     }
     if resume and checkpoint_path is not None:
         state = checkpoint.load_newest(checkpoint_path)
@@ -235,11 +241,18 @@ class _Run:
     """A trainer, its history and its clock."""
 
     def __init__(
-        self, trainer: Trainer, evaluate: Callable[[nn.Module], float] | None, records: int
+        self,
+        trainer: Trainer,
+        evaluate: Callable[[nn.Module], float | Mapping[str, float]] | None,
+        eval_every: int | None,
+        records: int,
     ) -> None:
         self.trainer, self.evaluate = trainer, evaluate
         steps = trainer.recipe.steps
         self.record_at = {round(steps * (i + 1) / records) for i in range(records)}
+        warmup = trainer.recipe.warmup_steps
+        often = self.record_at if eval_every is None else range(0, steps, eval_every)
+        self.evaluate_at = {warmup, steps, *(step for step in often if step > warmup)}
         latents = trainer.sample_latents(64, trainer.seed)
         self.probe = DiversityProbe(trainer.generator, latents, trainer.teacher)
         self.history: list[dict[str, float]] = []
@@ -252,15 +265,14 @@ class _Run:
         if self.trainer.step_count in self.record_at:  # waits for the device: the clock is right
             row = {"step": self.trainer.step_count} | {k: v.item() for k, v in terms.items()}
         self.seconds += time.perf_counter() - start
-        step, warmup = self.trainer.step_count, self.trainer.recipe.warmup_steps
+        step = self.trainer.step_count
         if step in self.record_at:
             self.history.append(row | self.probe())
-        if self.evaluate is not None and (
-            step == warmup or (step in self.record_at and step > warmup)
-        ):
+        if self.evaluate is not None and step in self.evaluate_at:
             if not self.history or self.history[-1]["step"] != step:
                 self.history.append({"step": step})
-            self.history[-1]["accuracy"] = self.evaluate(self.trainer.student)
+            figures = self.evaluate(self.trainer.student)
+            self.history[-1] |= figures if isinstance(figures, Mapping) else {"accuracy": figures}
             self.trainer.student.eval()
         return terms
 

@@ -40,8 +40,8 @@ from benchmarks.task.task import Task, load_task
 DIGITS_STEPS = 600
 # Of a finished cell; None in one that failed.
 RESULTS = (
-    "accuracy_ptq", "accuracy_last", "accuracy_tuning", "accuracy_proof", "seconds", "steps_per_s",
-    "checkpoint",
+    "accuracy_ptq", "accuracy_ptq_top5", "accuracy_last", "accuracy_last_top5", "accuracy_tuning",
+    "accuracy_proof", "seconds", "steps_per_s", "checkpoint",
 )  # fmt: skip
 
 
@@ -58,13 +58,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     # fmt: off
     add = parser.add_argument_group("what to quantize").add_argument
     add("--model", default="digits",
-        help="digits (default), resnet20, torchvision:NAME or package.module:factory")
+        help="digits (default), resnet20, efficientnet_lite0, torchvision:NAME, timm:NAME or "
+        "package.module:factory")
     add("--weights", type=Path, help="trained weights: a state_dict, bare or in a checkpoint")
+    add("--pretrained", action="store_true", help="the library's own weights (downloaded by it)")
     add("--data", type=Path, help="ImageFolder to evaluate on; without it accuracies are n/a")
-    add("--image-size", type=int, help="pixels a side (default: digits 8, torchvision 224, or 32)")
+    add("--image-size", type=int,
+        help="pixels a side (default: the library's; digits 8, torchvision 224, or 32)")
+    add("--resize", type=int,
+        help="pixels of an image's shorter side before the crop of --image-size (default: the "
+        "library's, or --image-size)")
     add("--in-channels", type=int, help="of the images (default: the first convolution's)")
-    add("--num-classes", type=int, help="default: the folders of --data, or 10 (torchvision 1000)")
-    add("--mean", type=float, nargs="+", help="of the model's input (default: ImageNet's)")
+    add("--num-classes", type=int,
+        help="default: of the pretrained weights, the folders of --data, or 10 (libraries: 1000)")
+    add("--mean", type=float, nargs="+",
+        help="of the model's input (default: the library's, or ImageNet's)")
     add("--std", type=float, nargs="+", help="likewise")
     add = parser.add_argument_group("how").add_argument
     add("--baseline", nargs="+", default=["gdfq"], choices=[*METHODS, "all"], metavar="METHOD",
@@ -81,6 +89,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batch-size", type=int, help="in place of the recipe's")
     add("--activations", choices=PLACEMENTS,
         help="which are quantized: inputs (default of quick) or relu (of paper)")
+    add("--eval-every", type=int, metavar="STEPS",
+        help="judge the network every so many steps (default: 20 times a run; where --data has "
+        "more than 2^24 pixels, such as 1,000 images of 224, only straight after quantization and "
+        "at the end, as always)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: auto")
     add = parser.add_argument_group("where").add_argument
@@ -96,8 +108,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.arms = ["none"]
     if args.with_agm is not None:
         args.arms += dict.fromkeys(args.with_agm or ["both"])
-    if args.seeds < 1 or args.checkpoint_every < 1:
-        raise UsageError("--seeds and --checkpoint-every must be at least 1")
+    counts = (args.seeds, args.checkpoint_every, args.eval_every)
+    if any(count is not None and count < 1 for count in counts):
+        raise UsageError("--seeds, --checkpoint-every and --eval-every must be at least 1")
     if not 0 <= args.first_seed < 2**32:
         raise UsageError(f"--first-seed must be in [0, 2^32), got {args.first_seed}")
     if args.resume and args.out is None:
@@ -146,7 +159,7 @@ class Comparison:
 
     def __init__(self, args: argparse.Namespace, task: Task, out: Path) -> None:
         self.args, self.task, self.out = args, task, out
-        self.accuracy_fp: float | None = None
+        self.full_precision = _accuracies("fp", {})
         self.cells = grid(args)
         self.steps: dict[str, int] = {}
         self.precision = self.args.precision
@@ -156,11 +169,12 @@ class Comparison:
     def run(self) -> int:
         """All cells that are not finished, then the report; returns the exit status."""
         self._claim_folder()
-        if self.task.images is not None:
-            self.accuracy_fp = self.task.accuracy(self.task.teacher)
+        if self.task.images is not None:  # the pass that decodes them all, and names a damaged one
+            self.full_precision = _accuracies("fp", self.task.figures(self.task.teacher))
+        report.write_json(self.out / "settings.json", self._settings())
         rows = {cell["name"]: row for cell in self.cells if (row := self._finished(cell))}
         todo = [cell for cell in self.cells if cell["name"] not in rows]
-        fp = "n/a" if self.accuracy_fp is None else f"{self.accuracy_fp:.2f} %"
+        fp = report.percent(self.full_precision, "accuracy_fp")
         judged = 0 if self.task.images is None else len(self.task.images)
         print(f"Teacher {self.args.model}: full precision {fp} on {judged} evaluation images")
         print(
@@ -204,7 +218,7 @@ class Comparison:
                     method=method,
                     weight_bits=weight_bits,
                     act_bits=act_bits,
-                    image_size=self.task.image_size,
+                    image_size=self.task.inputs.image_size,
                     **self._training(),
                 )
                 policies[weight_bits, act_bits] = str(trainer.policy)
@@ -237,7 +251,6 @@ class Comparison:
                 f"{self.out} was made with other settings ({'; '.join(other)}); repeat its "
                 "command, or choose another --out"
             )
-        report.write_json(known, now)
         for name in [*(cell["name"] for cell in self.cells), "report", "settings"]:
             for stale in [*self.out.glob(f"{name}.*.tmp"), *self.out.glob(f".{name}.*.tmp")]:
                 stale.unlink()
@@ -247,9 +260,11 @@ class Comparison:
         return {
             "model": self.args.model,
             "teacher_hash": fingerprint(self.task.teacher),
-            "data_hash": self.task.data_hash(),
-            "image_size": self.task.image_size,
-            "constants": constants(self.args.recipe, self.task.image_size),
+            "data_hash": None if self.task.images is None else self.task.images.hash,
+            "image_size": self.task.inputs.image_size,
+            "inputs": str(self.task.inputs),
+            "eval_every": self.args.eval_every,
+            "constants": constants(self.args.recipe, self.task.inputs.image_size),
         } | self._training()
 
     def _finished(self, cell: Cell) -> Cell | None:
@@ -277,10 +292,10 @@ class Comparison:
                     cell
                     | dict.fromkeys(RESULTS)
                     | {
-                        "accuracy_fp": self.accuracy_fp,
                         "history": [],
                         "error": f"{type(error).__name__}: {why}",
                     }
+                    | self.full_precision
                 )
         return self._save(cell, result)
 
@@ -303,10 +318,11 @@ class Comparison:
             weight_bits=cell["weight_bits"],
             act_bits=cell["act_bits"],
             hooks=hooks,
-            image_size=self.task.image_size,
+            image_size=self.task.inputs.image_size,
             seed=cell["seed"],
             **self._training(),
-            evaluate=self.task.accuracy if self.task.images is not None else None,
+            evaluate=self.task.figures if self.task.images is not None else None,
+            eval_every=self.args.eval_every or self.task.eval_every(self.steps[cell["method"]]),
             checkpoint_path=self.out / f"{cell['name']}.run",
             checkpoint_every=self.args.checkpoint_every,
             resume=self.args.resume,
@@ -320,11 +336,12 @@ class Comparison:
         result.save(stem.with_suffix(".ckpt"))
         with replacing(stem.with_suffix(".npy")) as temporary, temporary.open("wb") as file:
             np.save(file, self.task.pixels(result.images))
+        judged = [record for record in result.history if "accuracy" in record] or [{}]
         row = cell | {
-            "accuracy_fp": self.accuracy_fp,
-            "accuracy_ptq": result.accuracies[0] if result.accuracies else None,
-            "accuracy_last": result.accuracies[-1] if result.accuracies else None,
-            **self.task.accuracy_of_halves(result.model),
+            **self.full_precision,
+            **_accuracies("ptq", judged[0]),
+            **_accuracies("last", judged[-1]),
+            **{name: judged[-1].get(name) for name in ("accuracy_tuning", "accuracy_proof")},
             "seconds": result.seconds,
             "steps_per_s": result.steps_per_s,
             "checkpoint": f"{cell['name']}.ckpt",
@@ -365,6 +382,12 @@ class Comparison:
             place = given.index("--out")
             del given[place : place + 2]
         return shlex.join(["python", "benchmarks/compare.py", *given])
+
+
+def _accuracies(of: str, figures: dict[str, float]) -> dict[str, float | None]:
+    """As a row of report.json has them; None where they were not measured."""
+    found = {"": figures.get("accuracy"), "_top5": figures.get("accuracy_top5")}
+    return {f"accuracy_{of}{which}": value for which, value in found.items()}
 
 
 def _read_json(path: Path) -> Any:

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torchvision
 
 def provenance(device: str) -> dict[str, Any]:
     """``versions``, with the commit of this program, and ``machine``, as a report states them."""
-    packages = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
+    used = (torch, torchvision, np, sys.modules.get("timm"))
+    packages = {m.__name__: m.__version__ for m in used if m is not None}
     return {
         "versions": {"python": platform.python_version(), "commit": _commit()} | packages,
         "machine": {

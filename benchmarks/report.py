@@ -74,7 +74,7 @@ def groups(cells: Iterable[Cell]) -> dict[tuple[str, int, int], dict[str, list[C
 
 def by_seed(cells: Sequence[Cell], key: str) -> dict[int, float]:
     """A figure of the cells that finished, by seed."""
-    return {c["seed"]: c[key] for c in cells if c.get("error") is None and c[key] is not None}
+    return {c["seed"]: c[key] for c in cells if c.get("error") is None and c.get(key) is not None}
 
 
 def last_probe(cell: Cell, key: str) -> float:
@@ -83,10 +83,21 @@ def last_probe(cell: Cell, key: str) -> float:
     return float(np.mean(values[-max(1, len(values) // 4) :])) if values else math.nan
 
 
+def percent(cell: Cell, key: str) -> str:
+    """``87.80 %``, with the accuracy among the five largest logits where it is known."""
+    shown = [f"{v:.2f} %" for v in (cell[key], cell.get(f"{key}_top5")) if v is not None]
+    return " top-1, ".join(shown) + " top-5" * (len(shown) > 1) or "n/a"
+
+
 def table(cells: Sequence[Cell]) -> str:
-    """One row an arm of a method at a bit width."""
+    """One row an arm of a method at a bit width; top-5 beside top-1 where some cell has it."""
+    keys = ["accuracy_fp", "accuracy_ptq", "accuracy_last"]
+    heads = ["FP %", "PTQ %", "last step %"]
+    if any(c.get("accuracy_fp_top5") is not None for c in cells):
+        keys = [key + which for key in keys for which in ("", "_top5")]
+        heads = [head + which for head in heads for which in ("", ", top-5")]
     head = [
-        "method", "bits", "arm", "FP %", "PTQ %", "last step %", "paired diff. [95 % interval]",
+        "method", "bits", "arm", *heads, "paired diff. [95 % interval]",
         "seconds", "steps/s", "movement", "similarity",
     ]  # fmt: skip
     rows = [head]
@@ -97,15 +108,11 @@ def table(cells: Sequence[Cell]) -> str:
             done = [c for c in runs if c.get("error") is None]
             failures += [f"FAILED {c['name']}: {c['error']}" for c in runs if c.get("error")]
             last = by_seed(runs, "accuracy_last")
-            ptq = list(by_seed(runs, "accuracy_ptq").values())
-            fp = next(iter(by_seed(runs, "accuracy_fp").values()), None)
             rows.append([
                 method,
                 f"W{weight_bits}A{act_bits}",
                 ARM_NAMES[arm],
-                "n/a" if fp is None else f"{fp:.2f}",
-                mean_std(ptq),
-                mean_std(list(last.values())),
+                *(_accuracy_text(runs, key) for key in keys),
                 "" if arm == "none" else difference_text(paired_difference(base, last)),
                 mean_std([c["seconds"] for c in done]),
                 mean_std([c["steps_per_s"] for c in done]),
@@ -117,6 +124,13 @@ def table(cells: Sequence[Cell]) -> str:
     ]
     lines.insert(1, "  ".join("-" * w for w in widths))
     return "\n".join(lines + failures)
+
+
+def _accuracy_text(runs: Sequence[Cell], key: str) -> str:
+    values = list(by_seed(runs, key).values())
+    if key.startswith("accuracy_fp"):  # of one network
+        return f"{values[0]:.2f}" if values else "n/a"
+    return mean_std(values)
 
 
 def curves(cells: Sequence[Cell], key: str) -> tuple[list[int], np.ndarray]:

@@ -632,15 +632,16 @@ def check_logits_shape(logits: Any) -> int:
 
 
 def image_channels(network: nn.Module, image_size: int) -> int | None:
-    """Those of the first convolution that ``network`` runs; None if it has none."""
+    """Those of the first convolution that ``network`` runs, or has; None if it has none."""
     network = without_hooks(own_copy(network))
     first: list[int] = []
-    for module in network.modules():
-        if isinstance(module, CONVOLUTIONS):
-            module.register_forward_pre_hook(lambda m, _inputs: first.append(m.in_channels))
+    convolutions = [m for m in network.modules() if isinstance(m, CONVOLUTIONS)]
+    for module in convolutions:
+        module.register_forward_pre_hook(lambda m, _inputs: first.append(m.in_channels))
     try:
         with torch.no_grad():
             network(torch.zeros(2, 3, image_size, image_size))
     except Exception:  # grey images, as a rule; what else may be wrong shows when it is traced
         pass
+    first += [module.in_channels for module in convolutions[:1]]
     return first[0] if first else None

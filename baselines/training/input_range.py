@@ -71,7 +71,7 @@ def _estimated(network: fx.GraphModule) -> tuple[Tensor, Tensor]:
     shape = network.meta["image_shape"]
     standard = torch.zeros(shape[0]), torch.ones(shape[0])
     norm = next((m for m in _run_order(network) if isinstance(m, BATCH_NORMS)), None)
-    if norm is None or norm.running_mean is None:
+    if norm is None or norm.running_mean is None or _untrained(norm):
         return standard
     black = _before(network, norm, torch.zeros(1, *shape))
     white = _before(network, norm, torch.full((1, *shape), PROBE))
@@ -99,6 +99,10 @@ def _estimated(network: fx.GraphModule) -> tuple[Tensor, Tensor]:
         stacklevel=4,
     )
     return torch.full((shape[0],), level), torch.full((shape[0],), deviation)
+
+
+def _untrained(norm: nn.Module) -> bool:
+    return bool((norm.running_mean == 0).all() and (norm.running_var == 1).all())
 
 
 def _run_order(network: fx.GraphModule) -> list[nn.Module]:

@@ -90,12 +90,11 @@ def main(argv: list[str]) -> int:
     try:
         args = compare.parse(rest)
         task, changes = load_task(args), settings(own.pairs)
-        if task.images is None or task.labels is None:
+        if task.images is None:
             raise UsageError("--data is missing, the images to judge on")
-        parts = halves(task.labels)
-        judged = parts["proof" if own.ceiling else "tuning"]
+        judged = "accuracy_proof" if own.ceiling else "accuracy_tuning"
         (weight_bits, act_bits), (method,) = args.widths[0], args.methods
-        losses, recipe = getattr(METHODS[method], args.recipe)(task.image_size)
+        losses, recipe = getattr(METHODS[method], args.recipe)(task.inputs.image_size)
         lengths = {"steps": args.steps, "batch_size": args.batch_size}
         given = {name: value for name, value in lengths.items() if value is not None}
         recipe = replace(recipe, **given | changes["recipe"])
@@ -107,14 +106,16 @@ def main(argv: list[str]) -> int:
         for seed in range(args.first_seed, args.first_seed + args.seeds):
             hooks: list[Hook] = [AGM(seed=seed, **changes["agm"])] if own.agm else []
             if own.ceiling:
-                images, labels = (v[parts["tuning"]] for v in (task.images, task.labels))
-                hooks = [RealImages(images, labels, seed=seed)]
+                labels = task.images.labels
+                tuning = halves(labels)["tuning"]
+                images = torch.cat([batch for batch, _ in task.images])[tuning]
+                hooks = [RealImages(images, labels[tuning], seed=seed)]
             trainer = Trainer(
                 task.teacher,
                 method=losses,
                 recipe=recipe,
                 config=config,
-                image_shape=(len(task.mean), task.image_size, task.image_size),
+                image_shape=(len(task.inputs.mean), *(task.inputs.image_size,) * 2),
                 hooks=hooks,
                 seed=seed,
                 device=args.device,
@@ -125,7 +126,7 @@ def main(argv: list[str]) -> int:
                 trainer.step()
                 since, left = step + 1 - recipe.warmup_steps, recipe.steps - step - 1
                 if since >= 0 and (left == 0 or since % CURVE_STEPS == 0):
-                    curve.append([step + 1, task.accuracy(trainer.student, judged)])
+                    curve.append([step + 1, task.figures(trainer.student)[judged]])
                     trainer.student.eval()
             row = {
                 "name": own.name, "seed": seed, "curve": curve, "command": argv,

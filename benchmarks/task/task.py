@@ -1,56 +1,67 @@
 """What a comparison works on: a teacher, and the images that judge it."""
 
 import argparse
-import hashlib
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from baselines.errors import ConfigError
 from baselines.quantization.graph import image_channels
 from baselines.training.trainer import resolve_device
 from benchmarks.errors import UsageError
 from benchmarks.task import datasets, teachers
+from benchmarks.task.datasets import DIGITS_MEAN, DIGITS_STD, Images, Inputs
+
+# Images of more pixels in all (CIFAR's 10,000 have 10 million) are many: see Task.eval_every.
+MANY_PIXELS = 2**24
+# Of more classes the accuracy among the five largest logits is measured as well.
+TOP5_CLASSES = 20
+# An evaluation that takes more seconds shows its progress.
+PATIENCE = 5
 
 
 @dataclass
 class Task:
-    """A teacher, and the images that judge it (None without --data)."""
+    """A teacher, its inputs, and the images that judge it (None without --data)."""
 
     teacher: nn.Module
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    images: Tensor | None
-    labels: Tensor | None
+    inputs: Inputs
+    images: Images | None
     device: str
 
-    def accuracy(self, model: nn.Module, chosen: Tensor | slice = slice(None)) -> float:
-        """In %, on all or the ``chosen`` images, always computed in float32."""
+    def figures(self, model: nn.Module) -> dict[str, float]:
+        """Of one pass over the images, always computed in float32, in %.
+
+        ``accuracy`` on all images; ``accuracy_tuning`` and ``accuracy_proof`` on the halves of each
+        class, the first of which choices are made on, where they are not empty;
+        ``accuracy_top5`` where there are more than ``TOP5_CLASSES`` classes.
+        """
         assert self.images is not None
-        assert self.labels is not None
-        images, labels = self.images[chosen], self.labels[chosen]
-        return teachers.accuracy(model, images, labels, device=self.device)
+        count = -(-len(self.images) // self.images.batch_size)
+        batches = tqdm(self.images, "evaluating", count, delay=PATIENCE, leave=False, unit="batch")
+        first, five = teachers.hits(model, batches, device=self.device).unbind(1)
+        labels = self.images.labels
+        chosen = {"accuracy": first}
+        chosen |= {f"accuracy_{name}": first[part] for name, part in halves(labels).items()}
+        if labels.max() >= TOP5_CLASSES:
+            chosen["accuracy_top5"] = five
+        return {k: 100 * v.sum().item() / len(v) for k, v in chosen.items() if len(v)}
 
-    def accuracy_of_halves(self, model: nn.Module) -> dict[str, float | None]:
-        """``accuracy_tuning``, of the images that choices are made on, and ``accuracy_proof``."""
-        if self.labels is None:
-            return {"accuracy_tuning": None, "accuracy_proof": None}
-        parts = halves(self.labels)
-        return {f"accuracy_{name}": self.accuracy(model, part) for name, part in parts.items()}
+    def eval_every(self, steps: int) -> int | None:
+        """As ``baselines.quantize`` takes it for a run of so many steps, chosen by the cost.
 
-    def data_hash(self) -> str | None:
-        """16 hex digits over the evaluation images."""
-        if self.images is None:
-            return None
-        return hashlib.sha256(self.images.contiguous().numpy().tobytes()).hexdigest()[:16]
+        Few images judge every record (None), many only the network straight after quantization and
+        the last one.
+        """
+        many = self.images is not None and self.images.pixels > MANY_PIXELS
+        return steps if many else None
 
     def pixels(self, images: Tensor) -> np.ndarray:
         """Normalised (n, c, h, w) as uint8 (n, h, w, c)."""
-        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.inputs.mean, self.inputs.std))
         levels = (images.cpu() * std + mean).clamp(0, 1).mul(255).round().byte()
         return levels.permute(0, 2, 3, 1).numpy()
 
@@ -61,13 +72,9 @@ def load_task(args: argparse.Namespace) -> Task:
         resolve_device(args.device)
     except ConfigError as error:
         raise UsageError(f"--device: {error}") from error
-    on_digits = args.model == "digits" and args.data is None
-    zoo = args.model.startswith("torchvision:")
-    size = args.image_size
-    if size is None:
-        size = 8 if on_digits else 224 if zoo else 32
-    if size < 1:
-        raise UsageError(f"--image-size must be at least 1, got {size}")
+    if args.pretrained and args.weights is not None:
+        raise UsageError("give --pretrained or --weights, not both")
+    zoo = args.model.partition(":")[0] in teachers.LIBRARIES
     num_classes = args.num_classes
     if num_classes is None:
         num_classes = 1000 if zoo else 10
@@ -75,13 +82,24 @@ def load_task(args: argparse.Namespace) -> Task:
             num_classes = len(datasets.class_names(args.data))
     with torch.random.fork_rng(devices=[]):  # a factory may leave its weights random
         torch.default_generator.manual_seed(0)
-        teacher = teachers.build(args.model, num_classes=num_classes, weights=args.weights)
-    if args.weights is None and (zoo or args.model == "resnet20"):
-        raise UsageError(
-            f"the model {args.model!r} comes with random weights; pass trained ones by --weights, "
-            "a file that torch.save made of a state_dict"
+        teacher, inputs = teachers.build_with_inputs(
+            args.model,
+            num_classes=num_classes,
+            weights=args.weights,
+            pretrained=args.pretrained,
         )
-    channels = args.in_channels if args.in_channels is not None else image_channels(teacher, size)
+    if args.weights is None and not args.pretrained and (zoo or args.model == "resnet20"):
+        own = "take the library's by --pretrained, or " if zoo else ""
+        raise UsageError(
+            f"the model {args.model!r} comes with random weights; {own}pass trained ones by "
+            "--weights, a file that torch.save made of a state_dict"
+        )
+    if args.in_channels is not None:
+        channels = args.in_channels
+    elif inputs is not None:
+        channels = len(inputs.mean)
+    else:
+        channels = image_channels(teacher, 32 if args.image_size is None else args.image_size)
     if channels is not None and channels < 1:
         raise UsageError(f"--in-channels must be at least 1, got {channels}")
     if channels is None:
@@ -91,18 +109,8 @@ def load_task(args: argparse.Namespace) -> Task:
             f"the model takes images of {channels} channel(s), --data gives 3-channel ones; "
             "choose a model for colour images, or leave --data out"
         )
-    mean, std = args.mean, args.std
-    if mean is None:
-        mean = datasets.DIGITS_MEAN if channels == 1 else datasets.IMAGENET_MEAN
-    if std is None:
-        std = datasets.DIGITS_STD if channels == 1 else datasets.IMAGENET_STD
-    if len(mean) != channels or len(std) != channels:
-        raise UsageError(
-            f"--mean and --std need {channels} numbers, one a channel of the images; "
-            f"got {len(mean)} and {len(std)}"
-        )
-    if not all(math.isfinite(v) for v in (*mean, *std)) or min(std) <= 0:
-        raise UsageError(f"--mean and --std must be finite, --std > 0; got {mean} and {std}")
+    inputs = chosen_inputs(args, inputs, channels)
+    size = inputs.image_size
     try:
         with torch.no_grad():
             logits = teacher(torch.zeros(2, channels, size, size))
@@ -112,20 +120,41 @@ def load_task(args: argparse.Namespace) -> Task:
             "or --in-channels"
         ) from error
     got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if args.pretrained and args.num_classes is None and isinstance(got, tuple):
+        num_classes = got[-1]  # the weights say
     if got != (2, num_classes):
         raise UsageError(
             f"the model returns {got} for 2 images, expected (2, {num_classes}); "
             "set --num-classes, or --data with that many class folders"
         )
-    images = labels = None
-    if on_digits:
-        _, _, images, labels = datasets.digits()
-    elif args.data is not None:
-        images, labels = datasets.image_folder(
-            args.data, image_size=size, mean=mean, std=std, num_classes=num_classes
-        )
+    images = None
+    if args.data is not None:
+        images = datasets.image_folder(args.data, inputs, num_classes=num_classes)
+    elif args.model == "digits":
+        images = datasets.digits_images()
     teacher.to(args.device)
-    return Task(teacher, size, tuple(mean), tuple(std), images, labels, args.device)
+    return Task(teacher, inputs, images, args.device)
+
+
+def chosen_inputs(args: argparse.Namespace, own: Inputs | None, channels: int) -> Inputs:
+    """A network's ``own`` inputs, or 32 pixels and usual constants; flags come first.
+
+    With --image-size alone, --resize keeps its proportion to it.
+    """
+    if own is None:
+        grey = {"mean": DIGITS_MEAN, "std": DIGITS_STD} if channels == 1 else {}
+        own = Inputs(32, 32, **grey)
+    size = own.image_size if args.image_size is None else args.image_size
+    resize = args.resize
+    if resize is None:
+        resize = round(own.resize * size / own.image_size)
+    mean, std = (tuple(v) for v in (args.mean or own.mean, args.std or own.std))
+    if len(mean) != channels or len(std) != channels:
+        raise UsageError(
+            f"--mean and --std need {channels} numbers, one a channel of the model's first "
+            f"convolution; got {len(mean)} and {len(std)}"
+        )
+    return replace(own, image_size=size, resize=resize, mean=mean, std=std)
 
 
 def halves(labels: Tensor) -> dict[str, Tensor]:

@@ -1,14 +1,13 @@
-"""Full-precision networks to quantize: two of our own, torchvision's, or the user's."""
+"""Full-precision networks to quantize: two of our own, a library's, or the user's."""
 
 import contextlib
-import difflib
 import hashlib
 import importlib
 import inspect
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from baselines.errors import CheckpointError
 from baselines.quantization import checkpoint
 from baselines.quantization.checkpoint import load_matching
 from benchmarks.errors import TeacherError
-from benchmarks.task import datasets
+from benchmarks.task import datasets, libraries
+from benchmarks.task.datasets import DIGITS_INPUTS, Inputs
 from benchmarks.task.networks import ResNet, resnet20
 from benchmarks.task.weights import load_weights
 
@@ -37,7 +37,12 @@ DIGITS_RECIPE: dict[str, Any] = {
 }
 DEFAULT_CACHE = Path(".agm-cache")
 
-_CHOICES = "'digits', 'resnet20', 'torchvision:NAME' or 'package.module:factory'"
+_CHOICES = (
+    "'digits', 'resnet20', 'efficientnet_lite0', 'torchvision:NAME', 'timm:NAME' or "
+    "'package.module:factory'"
+)
+# Whose networks are ImageNet's unless told otherwise, and whose weights are random.
+LIBRARIES = ("efficientnet_lite0", "torchvision", "timm")
 
 
 def digits_cnn() -> ResNet:
@@ -111,44 +116,65 @@ def digits_teacher(cache_dir: str | os.PathLike[str] = DEFAULT_CACHE, *, seed: i
     return model
 
 
-def build(
+def build(model: str, **options: Any) -> nn.Module:
+    """The network alone of :func:`build_with_inputs`."""
+    return build_with_inputs(model, **options)[0]
+
+
+def build_with_inputs(
     model: str,
     *,
     num_classes: int = 10,
     weights: str | os.PathLike[str] | None = None,
+    pretrained: bool = False,
     cache_dir: str | os.PathLike[str] = DEFAULT_CACHE,
-) -> nn.Module:
-    """A teacher by name.
+) -> tuple[nn.Module, Inputs | None]:
+    """A teacher by name, and how an image becomes its input.
 
     Args:
-        model: ``"digits"``, ``"resnet20"``, ``"torchvision:NAME"`` (a classifier) or
-            ``"package.module:factory"``, a callable that returns an nn.Module. The current
-            directory is importable; ``num_classes`` is passed to a factory that takes it.
-        num_classes: C, >= 1 (default 10).
+        model: ``"digits"``, ``"resnet20"``, ``"efficientnet_lite0"``, ``"torchvision:NAME"`` (a
+            classifier), ``"timm:NAME"`` or ``"package.module:factory"``, a callable that returns an
+            nn.Module. The current directory is importable; ``num_classes`` is passed to a factory
+            that takes it.
+        num_classes: C, >= 1 (default 10); where ``pretrained``, the weights say.
         weights: a file for :func:`load_weights`. None: random weights from the global RNG or
             whatever the factory loads, but a trained ``"digits"``.
+        pretrained: the library's own weights, from its cache or the network; passed to a factory,
+            which must take it.
         cache_dir: for :func:`digits_teacher`.
 
     Returns:
-        The network in eval mode and float32.
+        The network in eval mode and float32, and its inputs, or None where a factory made it.
 
     Raises:
-        TeacherError: an unknown name, a factory that cannot be imported or fails or returns
-            something else, a network without BatchNorm statistics, or weights that do not fit.
+        TeacherError: an unknown name, a library or weights that are not there, a factory that
+            cannot be imported or fails or returns something else, a network without BatchNorm
+            statistics, or weights that do not fit.
     """
     if num_classes < 1:
         raise TeacherError(f"num_classes must be >= 1, got {num_classes}")
     kind, colon, name = model.partition(":")
+    inputs: Inputs | None = None
+    if pretrained and model in ("digits", "resnet20"):
+        raise TeacherError(f"the model {model!r} has no pretrained weights to choose")
     if model == "digits":
         if num_classes != 10:
             raise TeacherError(f"the model 'digits' has 10 classes, got num_classes={num_classes}")
         network: nn.Module = digits_cnn() if weights is not None else digits_teacher(cache_dir)
+        inputs = DIGITS_INPUTS
     elif model == "resnet20":
-        network = resnet20(num_classes)
+        network, inputs = resnet20(num_classes), Inputs(32, 32)
+    elif model == "efficientnet_lite0":
+        classes = 1000 if pretrained else num_classes
+        network, inputs = libraries.efficientnet_lite0(classes, pretrained=pretrained)
     elif kind == "torchvision" and colon:
-        network = _torchvision(name, num_classes)
+        network, inputs = libraries.torchvision_network(
+            name, num_classes, pretrained=pretrained, weights=weights
+        )
+    elif kind == "timm" and colon:
+        network, inputs = libraries.timm_network(name, num_classes, pretrained=pretrained)
     elif kind and name:
-        network = _imported(kind, name, num_classes)
+        network = _imported(kind, name, num_classes, pretrained)
     else:
         raise TeacherError(f"unknown model {model!r}; expected {_CHOICES}")
     if not any(
@@ -161,78 +187,65 @@ def build(
         )
     if weights is not None:
         load_weights(network, weights)
-    return network.eval().float()
+    return network.eval().float(), inputs
 
 
-def accuracy(
+def hits(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    batches: Iterable[tuple[Tensor, Tensor]],
     *,
-    batch_size: int = 250,
     device: torch.device | str | None = None,
-) -> float:
-    """Percentage of images whose largest logit is the label's, in [0, 100].
+) -> Tensor:
+    """For each image, whether the label's logit is the largest, and among the five largest.
 
     The model runs in eval mode without gradients; each submodule's mode is then restored.
 
     Args:
         model: images -> logits (n, C).
-        images: (N, ...), N >= 1.
-        labels: (N,) integers in [0, C).
-        batch_size: images per forward, >= 1.
+        batches: images (n, ...) and their labels, (n,) integers in [0, C).
         device: where the model is, to which the batches are moved (default: its first parameter's).
 
+    Returns:
+        bool (N, 2), on the CPU.
+
     Raises:
-        TeacherError: no images, another number of labels, a wrong ``batch_size``, logits of another
-            shape or with fewer classes than the labels.
+        TeacherError: no images, another number of labels, logits of another shape or with fewer
+            classes than the labels.
     """
-    if not len(images) or labels.shape != (len(images),):
-        raise TeacherError(
-            "expected images (N, ...), N >= 1, and labels (N,), "
-            f"got {tuple(images.shape)} and {tuple(labels.shape)}"
-        )
-    if batch_size < 1:
-        raise TeacherError(f"batch_size must be >= 1, got {batch_size}")
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    classes = int(labels.max()) + 1
     modes = [(m, m.training) for m in model.modules()]
-    correct = torch.zeros((), dtype=torch.int64, device=device)
+    found: list[list[bool]] = []  # no tensors, small ones between large ones fragment the heap
     try:
         model.eval()
         with torch.no_grad():
-            for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            for x, labels in batches:
+                if labels.shape != (len(x),):
+                    raise TeacherError(f"expected {len(x)} labels, got {tuple(labels.shape)}")
                 logits = model(x.to(device))
                 shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
                 if not isinstance(shape, tuple) or len(shape) != 2 or shape[0] != len(x):
                     raise TeacherError(f"expected logits ({len(x)}, C) of the model, got {shape}")
-                if shape[1] < classes:
+                largest = int(labels.max())
+                if shape[1] <= largest:
                     raise TeacherError(
-                        f"the model has {shape[1]} classes, but the labels need {classes} "
-                        f"(the largest is {classes - 1}): choose a model or images that match"
+                        f"the model has {shape[1]} classes, but the labels need {largest + 1} "
+                        f"(the largest is {largest}): choose a model or images that match"
                     )
-                correct += (logits.argmax(1) == y.to(device)).sum()
+                y = labels.to(device)
+                first = logits.argmax(1) == y
+                five = logits.topk(min(5, shape[1])).indices == y[:, None]
+                found += torch.stack([first, first | five.any(1)], 1).tolist()
     finally:
         for module, training in modes:
             module.training = training
-    return 100 * correct.item() / len(images)
+    if not found:
+        raise TeacherError("expected images, got none")
+    return torch.tensor(found)
 
 
-def _torchvision(name: str, num_classes: int) -> nn.Module:
-    from torchvision import models
-
-    names = models.list_models(module=models)  # classifiers alone
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=5) or ["resnet18", "mobilenet_v2"]
-        raise TeacherError(
-            f"torchvision has no classifier {name!r}; did you mean {' or '.join(close)}? "
-            f"All of its {len(names)}: torchvision.models.list_models(module=torchvision.models)"
-        )
-    return models.get_model(name, weights=None, num_classes=num_classes)
-
-
-def _imported(module: str, name: str, num_classes: int) -> nn.Module:
+def _imported(module: str, name: str, num_classes: int, pretrained: bool) -> nn.Module:
+    offered: dict[str, Any] = {"pretrained": True} if pretrained else {"num_classes": num_classes}
     with _importable(os.getcwd()):
         try:
             factory = getattr(importlib.import_module(module), name, None)
@@ -247,8 +260,14 @@ def _imported(module: str, name: str, num_classes: int) -> nn.Module:
                 f"the module {module!r} has no callable {name!r}; "
                 "expected a factory that returns an nn.Module"
             )
+        accepted = _accepted(factory, **offered)
+        if pretrained and not accepted:
+            raise TeacherError(
+                f"the factory '{module}:{name}' takes no argument pretrained; leave --pretrained "
+                "out where it loads its weights itself, or pass them by --weights"
+            )
         try:
-            network = factory(**_accepted(factory, num_classes=num_classes))
+            network = factory(**accepted)
         except Exception as error:
             raise TeacherError(
                 f"the factory '{module}:{name}' failed ({type(error).__name__}: {error}); "

@@ -174,6 +174,27 @@ def test_records_never_change_the_result():
         assert result.history[-1]["step"] == STEPS
 
 
+@pytest.mark.parametrize(
+    ("every", "want"), [(1, range(3, 13)), (5, [3, 5, 10, 12]), (STEPS, [3, 12]), (1000, [3, 12])]
+)
+def test_how_often_is_evaluated(every, want):
+    evaluate = Accuracy()
+    result = run(evaluate=evaluate, eval_every=every, recipe="quick")
+    assert result.recipe.warmup_steps == 3
+    measured = [row["step"] for row in result.history if "accuracy" in row]
+    assert measured == list(want)
+    assert {3, 6, 9, 12} <= {row["step"] for row in result.history}  # the records, as ever
+    assert evaluate.seen[-1] == state_of(result.model)
+
+
+def test_an_evaluation_may_give_several_figures():
+    result = run(evaluate=lambda _: {"accuracy": 3.0, "accuracy_top5": 5.0})
+    for row in result.history:
+        assert (row.get("accuracy"), row.get("accuracy_top5")) in ((3.0, 5.0), (None, None))
+    assert set(result.accuracies) == {3.0}
+    assert result.history[-1]["accuracy_top5"] == 5.0
+
+
 def test_the_shortest_runs():
     for steps in (1, 2, 3):
         evaluate = Accuracy()
@@ -365,6 +386,7 @@ OTHER_RUNS = {
     "teacher's width": {"teacher": Tiny(width=5)},
     "hooks": {"hooks": [AGM()]},
     "records": {"records": 3},
+    "evaluations": {"eval_every": 3},
 }
 
 

@@ -31,6 +31,7 @@ from baselines.training.trainer import resolve_precision
 from benchmarks import compare
 from benchmarks.process import locked
 from benchmarks.task import datasets, teachers
+from benchmarks.task import task as tasks
 from benchmarks.task.networks import resnet20
 from tests import hostile
 from tests.baselines import same_state
@@ -53,6 +54,9 @@ from torch import nn
 def cnn(act=nn.ReLU, norm=nn.BatchNorm2d, num_classes=10):
     return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), norm(8), act(), nn.AdaptiveAvgPool2d(1),
                          nn.Flatten(), nn.Linear(8, num_classes))
+
+def trained(num_classes=10, pretrained=False):
+    return cnn(num_classes=20 if pretrained else num_classes)
 
 def silu():
     return cnn(nn.SiLU)
@@ -135,6 +139,10 @@ def ok(*argv: object) -> str:
     status, out, err = call(*argv)
     assert status == 0, err
     return out
+
+
+def accuracy(model: torch.nn.Module, images: datasets.Images) -> float:
+    return 100 * teachers.hits(model, images)[:, 0].sum().item() / len(images)
 
 
 def load(out: Path | str) -> dict:
@@ -229,12 +237,11 @@ def test_there_is_a_picture(finished):
 
 def test_each_cell_leaves_a_network_that_is_as_good_as_reported(finished):
     out, *_ = finished
-    _, _, images, labels = datasets.digits()
     cells = load(out)["cells"]
     assert len({c["checkpoint"] for c in cells}) == len(cells) == len(files(out, "*.ckpt"))
     for cell in cells:
         model = load_quantized(out / cell["checkpoint"], teachers.digits_cnn())
-        got = teachers.accuracy(model, images, labels)
+        got = accuracy(model, datasets.digits_images())
         assert got == pytest.approx(cell["accuracy_last"], abs=0.25)  # two images
     assert not [n for n in files(out) if n.endswith((".run", ".previous", ".tmp"))]
 
@@ -373,10 +380,10 @@ def test_resnet20_with_weights_on_a_folder_of_images(weights, folder):
         {k.removeprefix("module."): v for k, v in torch.load(weights)["state_dict"].items()}
     )
     assert load("run")["settings"]["teacher_hash"] == fingerprint(model)
-    images, labels = datasets.image_folder(folder, image_size=32)
-    assert cell["accuracy_fp"] == teachers.accuracy(model.eval(), images, labels)
+    images = datasets.image_folder(folder, datasets.Inputs(32, 32))
+    assert cell["accuracy_fp"] == accuracy(model.eval(), images)
     quantized = load_quantized(Path("run", cell["checkpoint"]), resnet20())
-    got = teachers.accuracy(quantized, images, labels)
+    got = accuracy(quantized, images)
     assert got == pytest.approx(cell["accuracy_last"], abs=5)  # one image
 
 
@@ -384,6 +391,81 @@ def test_a_factory_from_the_current_directory_at_the_default_widths(folder):
     ok("--model", "nets:cnn", "--data", folder, *BRIEF, "--out", "run")
     assert cells_of("run", "weight_bits", "act_bits") == [(3, 3), (4, 4)]
     assert load("run")["evaluation_images"] == 20
+
+
+def test_many_classes_are_judged_by_their_five_largest_logits_too(home):
+    rng = np.random.default_rng(0)
+    for i in range(21):
+        (home / "many" / f"{i:02}").mkdir(parents=True)
+        pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(home / "many" / f"{i:02}" / "1.png")
+    text = ok("--model", "nets:cnn", "--data", "many", *BRIEF3, "--out", "run")
+    (cell,) = load("run")["cells"]
+    for which in ("fp", "ptq", "last"):
+        assert 0 <= cell[f"accuracy_{which}"] <= cell[f"accuracy_{which}_top5"] <= 100
+    assert cell["accuracy_last_top5"] == cell["history"][-1]["accuracy_top5"] > 0
+    assert cell["accuracy_tuning"] is None  # the first half of one image
+    assert cell["accuracy_proof"] == cell["accuracy_last"]
+    first, five = cell["accuracy_fp"], cell["accuracy_fp_top5"]
+    assert f"full precision {first:.2f} % top-1, {five:.2f} % top-5 on 21 " in text
+    assert "last step %, top-5" in load("run")["table"]
+
+
+@pytest.mark.parametrize(("patience", "shown"), [(0, True), (1e9, False)])
+def test_a_long_evaluation_shows_its_progress(monkeypatch, patience, shown):
+    monkeypatch.setattr(tasks, "PATIENCE", patience)
+    status, text, _ = call(*BRIEF3, "--out", "run", together=True)
+    assert status == 0
+    assert ("evaluating: " in text) == shown
+
+
+def test_few_classes_are_not(finished):
+    for cell in load(finished[0])["cells"]:
+        assert cell["accuracy_last_top5"] is None
+    assert "top-5" not in finished[2]
+
+
+@pytest.mark.parametrize(
+    ("argv", "steps"), [((), [5, 20]), (("--eval-every", 7), [5, 7, 14, 20]), (None, None)]
+)
+def test_how_often_many_images_are_judged(folder, monkeypatch, argv, steps):
+    if argv is not None:
+        monkeypatch.setattr(tasks, "MANY_PIXELS", 20 * 32 * 32 - 1)
+    argv = ("--model", "nets:cnn", "--data", folder, "--out", "run", *(argv or ()))
+    ok(*BRIEF3, *argv, "--steps", 20)
+    (cell,) = load("run")["cells"]
+    got = [row["step"] for row in cell["history"] if "accuracy" in row]
+    assert got == (steps or list(range(5, 21)))
+    assert len(cell["history"]) >= 20  # of losses and images
+
+
+def test_the_halves_of_each_class(folder):
+    ok("--model", "nets:cnn", "--data", folder, *BRIEF3, "--out", "run")
+    (cell,) = load("run")["cells"]
+    model = load_quantized(Path("run", cell["checkpoint"]), teachers.build("nets:cnn"))
+    hits = teachers.hits(model, datasets.image_folder(folder, datasets.Inputs(32, 32)))[:, 0]
+    first, second = (100 * hits[start::2].float().mean().item() for start in (0, 1))
+    assert cell["accuracy_tuning"] == pytest.approx(first, abs=10.1)  # one image
+    assert cell["accuracy_proof"] == pytest.approx(second, abs=10.1)
+    assert cell["accuracy_last"] == (cell["accuracy_tuning"] + cell["accuracy_proof"]) / 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "inputs"),
+    [
+        ((), "Inputs(image_size=224, resize=256, "),
+        (("--image-size", 32), "Inputs(image_size=32, resize=37, "),
+        (("--image-size", 32, "--resize", 32), "Inputs(image_size=32, resize=32, "),
+        (("--image-size", 32, "--mean", 0, 0.5, 1), "mean=(0.0, 0.5, 1.0), std=(0.229, "),
+        (("--image-size", 32, "--std", 2, 0.5, 1), "0.406), std=(2.0, 0.5, 1.0)"),
+    ],
+)
+def test_a_librarys_inputs_and_flags_before_them(argv, inputs, monkeypatch):
+    state = torchvision.models.resnet18().state_dict()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: state)
+    args = compare.parse(["--model", "torchvision:resnet18", "--pretrained", *map(str, argv)])
+    task = tasks.load_task(args)
+    assert inputs in str(task.inputs)
 
 
 def test_torchvision_without_images_to_judge(recwarn):
@@ -463,6 +545,23 @@ MISTAKES = {
     "0 bits": (("--bits", 0), ("bits", "2 to 8", "got 0")),
     "0 weight bits": (("--weight-bits", 0, "--act-bits", 4), ("bits", "2 to 8", "got 0")),
     "9 bits": (("--bits", 3, 9), ("bits", "2 to 8", "got 9")),
+    "pretrained and weights": (
+        ("--model", "torchvision:resnet18", "--pretrained", "--weights", "resnet20.th"),
+        ("--pretrained or --weights", "not both"),
+    ),
+    "pretrained of other classes": (
+        ("--model", "nets:trained", "--pretrained", "--num-classes", 7), ("(2, 20)", "(2, 7)"),
+    ),
+    "images of other classes than the pretrained": (
+        ("--model", "nets:trained", "--pretrained", "--data", "images"),
+        ("10 class folders", "expected 20"),
+    ),
+    "nothing pretrained": (("--pretrained",), ("'digits'", "no pretrained weights")),
+    "random weights of timm": (("--model", "timm:resnet18"), ("--pretrained", "--weights")),
+    "a crop that is not there": (
+        (*OWN, "--image-size", 32, "--resize", 28), ("resize must be >= image_size 32", "28"),
+    ),
+    "no evaluations": (("--eval-every", 0), ("--eval-every", "at least 1")),
     "half of the bits": (("--weight-bits", 4), ("--weight-bits", "--act-bits", "together")),
     "bits twice": (("--bits", 3, "--act-bits", 4), ("--bits", "--act-bits", "not both")),
     "resume what": (("--resume",), ("--resume needs --out",)),
@@ -535,6 +634,16 @@ def test_a_file_that_is_no_image(folder, home):
     line = complaint(*BRIEF, *OWN, "--data", folder, "--out", "run")
     assert "notes.txt" in line
     assert "repair the file, or move it" in line
+    assert list(files(home / "run")) in ([], [".lock"])
+
+
+def test_a_damaged_image_is_named_before_the_training(folder, home, monkeypatch):
+    file = folder / "c" / "1.png"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])  # its header is sound
+    spy(monkeypatch, never)
+    line = complaint(*BRIEF, *OWN, "--data", folder, "--out", "run")
+    assert f"cannot read '{file}' as an image" in line
     assert list(files(home / "run")) in ([], [".lock"])
 
 

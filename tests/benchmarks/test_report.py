@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -113,6 +114,23 @@ def test_table():
         assert part in agm
     assert "4.00 ± 0.00" in agm  # steps/s
     assert agm.split()[-6:] == ["0.25", "±", "0.00", "0.40", "±", "0.00"]  # movement, similarity
+
+
+def test_top_5_beside_top_1_where_it_was_measured():
+    five = {"accuracy_fp_top5": 99.5, "accuracy_ptq_top5": 85.0, "accuracy_last_top5": 97.0}
+    head, (row,) = lines_of([cell(**five)])
+    names = ["FP %", "FP %, top-5", "PTQ %", "PTQ %, top-5", "last step %", "last step %, top-5"]
+    assert re.split(r"  +", head)[3:9] == names
+    want = ["98.50", "99.50", "80.00 ± n/a", "85.00 ± n/a", "90.00 ± n/a", "97.00 ± n/a"]
+    assert re.split(r"  +", row)[3:9] == want
+    for missing in ({}, dict.fromkeys(five)):
+        assert "top-5" not in report.table([cell(**missing)])
+
+
+def test_percent():
+    assert report.percent({"a": 87.8, "a_top5": 97.26}, "a") == "87.80 % top-1, 97.26 % top-5"
+    assert report.percent({"a": 87.8, "a_top5": None}, "a") == "87.80 %"
+    assert report.percent({"a": None}, "a") == "n/a"
 
 
 def test_table_keeps_the_order_of_arms_and_a_row_a_method_and_width():

@@ -1,4 +1,8 @@
+import multiprocessing
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,13 +11,16 @@ import torch
 from PIL import Image
 
 from benchmarks.errors import DataError
+from benchmarks.task import datasets
 from benchmarks.task.datasets import (
     DIGITS_MEAN,
     DIGITS_STD,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    Inputs,
     class_names,
     digits,
+    digits_images,
     image_folder,
 )
 
@@ -34,9 +41,19 @@ def folder(tmp_path):
     return tmp_path
 
 
+def load(path, size=8, num_classes=None, **inputs):
+    """All images and labels of a folder."""
+    inputs = Inputs(**{"image_size": size, "resize": size, **inputs})
+    x, y = zip(*image_folder(path, inputs, num_classes=num_classes), strict=True)
+    return torch.cat(x), torch.cat(y)
+
+
+PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+
+
 def fails(path, *parts: str, **kwargs) -> None:
     with pytest.raises(DataError) as caught:
-        image_folder(path, **{"image_size": 8, **kwargs})
+        load(path, **kwargs)
     for part in parts:
         assert part in str(caught.value)
 
@@ -82,7 +99,7 @@ def test_agrees_with_torchvision(folder):
         [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     )
     oracle = ImageFolder(folder, pipeline)
-    images, labels = image_folder(folder, image_size=8, num_classes=2)
+    images, labels = load(folder, num_classes=2)
     assert class_names(folder) == oracle.classes == ["ant", "zebra"]
     assert labels.dtype == torch.int64
     assert labels.tolist() == oracle.targets
@@ -90,28 +107,32 @@ def test_agrees_with_torchvision(folder):
 
 
 def test_own_mean_and_std(folder):
-    plain, _ = image_folder(folder, image_size=8, mean=(0, 0, 0), std=(1, 1, 1))
-    scaled, _ = image_folder(folder, image_size=8, mean=(0.5, 0, 0), std=(0.5, 1, 2))
+    plain, _ = load(folder, **PLAIN)
+    scaled, _ = load(folder, mean=(0.5, 0, 0), std=(0.5, 1, 2))
     assert 0 <= plain.min() < plain.max() <= 1
     scale = torch.tensor([0.5, 1, 2]).view(3, 1, 1)
     shift = torch.tensor([0.5, 0, 0]).view(3, 1, 1)
     torch.testing.assert_close(scaled * scale + shift, plain)
 
 
-@pytest.mark.parametrize(("width", "height"), [(30, 20), (20, 30), (4, 8), (3, 3)])
-def test_other_sizes_keep_their_aspect_and_centre(tmp_path, width, height):
-    from torchvision.transforms import functional as TF
+@pytest.mark.parametrize(("width", "height"), [(30, 20), (20, 30), (4, 8), (3, 3), (12, 12)])
+@pytest.mark.parametrize(("resize", "interpolation"), [(10, "bilinear"), (13, "bicubic")])
+def test_other_sizes_keep_their_aspect_and_centre(tmp_path, width, height, resize, interpolation):
+    from torchvision.transforms._presets import ImageClassification
+    from torchvision.transforms.functional import InterpolationMode
 
     write(tmp_path / "a" / "1.png", width=width, height=height)
-    images, _ = image_folder(tmp_path, image_size=10, mean=(0, 0, 0), std=(1, 1, 1))
+    images, _ = load(tmp_path, 10, resize=resize, interpolation=interpolation)
+    oracle = ImageClassification(
+        crop_size=10, resize_size=resize, interpolation=InterpolationMode(interpolation)
+    )
     with Image.open(tmp_path / "a" / "1.png") as image:
-        want = TF.center_crop(TF.to_tensor(TF.resize(image, 10)), 10)
-    assert torch.equal(images[0], want)
+        torch.testing.assert_close(images[0], oracle(image), rtol=0, atol=1e-6)
 
 
 def test_grey_images_become_three_channels(tmp_path):
     write(tmp_path / "a" / "1.png", mode="L")
-    images, _ = image_folder(tmp_path, image_size=8, mean=(0, 0, 0), std=(1, 1, 1))
+    images, _ = load(tmp_path, **PLAIN)
     assert torch.equal(images[0, 0], images[0, 1])
     assert torch.equal(images[0, 0], images[0, 2])
 
@@ -176,7 +197,7 @@ def test_hidden_and_top_level_files_are_ignored(folder):
     (folder / ".git").mkdir()
     (folder / "ant" / ".thumbs").mkdir()
     (folder / "ant" / ".thumbs" / "x.txt").write_text("x")
-    images, labels = image_folder(folder, image_size=8, num_classes=2)
+    images, labels = load(folder, num_classes=2)
     assert images.shape == (3, 3, 8, 8)
     assert labels.tolist() == [0, 0, 1]
 
@@ -231,15 +252,150 @@ def test_many_class_folders_are_not_all_listed(tmp_path):
     fails(tmp_path, "has 7 class folders (c0, c1, c2, c3, c4, ...), expected 2", num_classes=2)
 
 
-def test_arguments_out_of_range(folder):
-    fails(folder, "image_size must be >= 1, got 0", image_size=0)
-    fails(folder, "must be 3 numbers each, std > 0", "(0.5,)", mean=(0.5,))
-    fails(folder, "must be 3 numbers each, std > 0", "(1, 0, 1)", std=(1, 0, 1))
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"image_size": 0}, "image_size must be >= 1, got 0"),
+        ({"resize": 7}, "resize must be >= image_size 8, got 7"),
+        ({"mean": (0.5,)}, "one number a channel; got (0.5,)"),
+        ({"mean": (0.5, float("nan"), 0)}, "must be finite"),
+        ({"std": (1, float("inf"), 1)}, "must be finite"),
+        ({"std": (1, 0, 1)}, "std must be > 0, got (1, 0, 1)"),
+    ],
+)
+def test_inputs_out_of_range(changes, part):
+    with pytest.raises(DataError, match=re.escape(part)):
+        Inputs(**{"image_size": 8, "resize": 8, **changes})
+
+
+# Passes over the images
+
+
+@pytest.fixture
+def many(tmp_path):
+    """Two classes of 30 images."""
+    for i in range(60):
+        write(tmp_path / "ab"[i % 2] / f"{i}.png", seed=i)
+    return tmp_path
+
+
+@pytest.fixture
+def streaming(monkeypatch):
+    """Nothing is kept, batches are small, and there are workers."""
+    monkeypatch.setattr(datasets, "KEPT_BYTES", 0)
+    monkeypatch.setattr(datasets, "BATCH_BOUNDS", (7, 7))
+    monkeypatch.setattr(datasets, "_workers", lambda: 2)
+
+
+def opened(monkeypatch):
+    """Counts the files that are decoded in this process."""
+    read, files = datasets._read, []
+    monkeypatch.setattr(datasets, "_read", lambda *a: files.append(a[0]) or read(*a))
+    return files
+
+
+def test_images_that_fit_are_decoded_once(many, monkeypatch):
+    files = opened(monkeypatch)
+    images = image_folder(many, Inputs(8, 8))
+    assert files == []
+    next(iter(images))  # a pass that is broken off counts for nothing
+    first, second = ([x.clone() for x, _ in images] for _ in range(2))
+    assert len(files) == 60 + 60
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.usefixtures("streaming")
+def test_images_that_do_not_fit_are_the_same(many, monkeypatch):
+    files = opened(monkeypatch)
+    before = torch.get_rng_state()
+    streamed = image_folder(many, Inputs(8, 8))
+    for _ in range(2):
+        batches = list(streamed)
+        assert [len(x) for x, _ in batches] == [7] * 8 + [4]
+        monkeypatch.setattr(datasets, "KEPT_BYTES", 2**20)
+        x, y = load(many)
+        monkeypatch.setattr(datasets, "KEPT_BYTES", 0)
+        assert torch.equal(torch.cat([x for x, _ in batches]), x)
+        assert torch.equal(torch.cat([y for _, y in batches]), y)
+    assert len(files) == 2 * 60  # those of load: the others were decoded elsewhere
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.usefixtures("streaming")
+def test_an_error_of_a_worker_is_the_same_line(many):
+    file = many / "b" / "51.png"
+    file.write_bytes(file.read_bytes()[:100])
+    fails(many, f"cannot read '{file}' as an image", "repair the file")
+    with pytest.raises(DataError) as caught:
+        load(many)
+    assert "\n" not in str(caught.value)
+
+
+BROKEN_OFF = """
+import sys
+from benchmarks.process import Stop
+from benchmarks.task import datasets
+
+datasets.KEPT_BYTES, datasets._workers = 0, lambda: 2
+with Stop().listening():
+    batches = iter(datasets.image_folder(sys.argv[1], datasets.Inputs(8, 8)))
+    next(batches)
+    raise ValueError("in the midst of a pass")
+"""
+
+
+def test_workers_end_with_a_program_that_breaks_off(many, monkeypatch):
+    for i in range(900):
+        (many / "a" / f"link{i}.png").symlink_to(many / "a" / "0.png")
+    run = subprocess.run(
+        [sys.executable, "-c", BROKEN_OFF, many], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 1
+    assert "in the midst of a pass" in run.stderr
+    assert "stopping after this step" not in run.stderr  # from a worker
+
+
+def test_a_child_process_starts_no_workers():
+    assert datasets._workers() >= 0
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(datasets._workers) == 0
+
+
+def test_a_batch_is_bounded_by_its_pixels(many):
+    assert image_folder(many, Inputs(8, 8)).batch_size == 250
+    assert image_folder(many, Inputs(64, 64)).batch_size == 64
+    assert image_folder(many, Inputs(224, 256)).batch_size == 8
+
+
+def test_the_hash_is_of_names_and_sizes(many, tmp_path_factory):
+    def of(folder):
+        return image_folder(folder, Inputs(8, 8)).hash
+
+    before = of(many)
+    copy = shutil.copytree(many, tmp_path_factory.mktemp("copy") / "images")
+    assert of(copy) == before  # wherever, and whenever written
+    (copy / "a" / "0.png").rename(copy / "a" / "zero.png")
+    assert of(copy) != before
+    (copy / "a" / "zero.png").rename(copy / "a" / "0.png")
+    with (copy / "a" / "0.png").open("ab") as file:
+        file.write(b"!")
+    assert of(copy) != before
+    (copy / "a" / "0.png").rename(copy / "b" / "0.png")
+    assert of(copy) != before
+
+
+def test_the_images_of_digits_are_its_test_half():
+    _, _, want, labels = digits()
+    images = digits_images()
+    for _ in range(2):
+        assert torch.equal(torch.cat([x for x, _ in images]), want)
+        assert torch.equal(torch.cat([y for _, y in images]), labels)
+    assert len(images) == len(labels)
 
 
 def test_the_error_is_a_value_error_of_ours(tmp_path):
     from agm import AgmError
 
     with pytest.raises(AgmError, match=re.escape(str(tmp_path))) as caught:
-        image_folder(tmp_path, image_size=8)
+        load(tmp_path / "no")
     assert isinstance(caught.value, ValueError)
