@@ -58,8 +58,8 @@ def cnn(act=nn.ReLU, norm=nn.BatchNorm2d, num_classes=10):
 def trained(num_classes=10, pretrained=False):
     return cnn(num_classes=20 if pretrained else num_classes)
 
-def silu():
-    return cnn(nn.SiLU)
+def grouped():
+    return cnn(lambda: nn.GroupNorm(2, 8))
 
 def bare():
     return cnn(norm=nn.Identity)
@@ -584,7 +584,7 @@ MISTAKES = {
     "an error of the network's own": (("--model", "nets:picky"), ("3x32x32", "48 pixels", "set")),
     "two outputs": (("--model", "nets:Pair"), ("tuple", "expected")),
     "branching": (("--model", "nets:Branching"), ("Branching", "torch.fx", "rewrite")),
-    "SiLU": (("--model", "nets:silu"), ("SiLU", "ReLU", "replace it")),
+    "GroupNorm": (("--model", "nets:grouped"), ("'2' (GroupNorm)", "supported are Conv")),
     "grey model on coloured images": (("--data", "images"), ("channel",)),
 }  # fmt: skip
 

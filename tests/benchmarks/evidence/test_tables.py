@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks import compare
 from benchmarks.evidence import tables
-from benchmarks.evidence.proof import is_present
 
 
 def grid(path, arguments, cells):
@@ -99,12 +99,20 @@ def test_only_what_is_between_the_markers_changes():
         tables.fill(text, {"z": ""})
 
 
-def test_the_proof_is_of_the_present_recipes():
-    files = [json.loads(path.read_text()) for path in (tables.RESULTS / "proof").glob("*.json")]
-    assert files
-    for file in files:
-        stale = [cell["name"] for cell in file["cells"] if not is_present(cell, file)]
-        assert not stale, file["arguments"]
+def test_runs_of_an_earlier_recipe_are_counted_beside_the_table(tmp_path):
+    path = next((tables.RESULTS / "proof").glob("resnet20-w3a3-gdfq.json"))
+    file = json.loads(path.read_text())
+    now = compare.constants("quick", 32)
+    for source in file["sources"]:
+        source["settings"]["constants"] = dict(now)
+    (tmp_path / "a.json").write_text(json.dumps(file))
+    assert tables.earlier(tmp_path) == ""
+    file["sources"].append(
+        {"settings": {**file["sources"][0]["settings"], "constants": {**now, "gdfq": "another"}}}
+    )
+    file["cells"][0]["source"] = len(file["sources"]) - 1
+    (tmp_path / "a.json").write_text(json.dumps(file))
+    assert f"1 of the {len(file['cells'])} runs" in tables.earlier(tmp_path)
 
 
 def test_readme_is_up_to_date():
