@@ -221,10 +221,11 @@ class AGM:
             with frozen_parameters(student) if isinstance(student, nn.Module) else nullcontext():
                 student_logits = student(images)
             d = measure(self.discrepancy, teacher_logits, student_logits)
-            if learning:
-                _check_graph("teacher_logits", teacher_logits, images)
-                _check_graph("the student's logits", student_logits, images)
-                if isinstance(student, nn.Module):
+            measuring = learning and evaluations % self.interval == 0
+            if learning:  # the whole graph only now and then: a step is short
+                _check_graph("teacher_logits", teacher_logits, images, whole=measuring)
+                _check_graph("the student's logits", student_logits, images, whole=measuring)
+                if measuring and isinstance(student, nn.Module):
                     _check_recomputation(student, student_logits, images)
             with torch.no_grad():
                 variance, mean = torch.var_mean(d, correction=0)
@@ -236,7 +237,7 @@ class AGM:
             # would add to the gradient cancels. It takes two thirds of expected_margin's time.
             below, density = margin_parts(excess.detach(), std)
             term = torch.addcmul(std * density, excess, below).mean()
-            if learning and other_terms is not None and evaluations % self.interval == 0:
+            if measuring and other_terms is not None:
                 _check_graph("other_terms", other_terms, images)
                 half = _in_float16(images, teacher_logits, student_logits)
                 weight = self._balance(term, other_terms, images, 2.0**16 if half else 1.0)
@@ -330,14 +331,18 @@ class AGM:
         return torch.where(weight.isfinite(), weight, old.to(weight))
 
 
-def _check_graph(what: str, value: Tensor, images: Tensor) -> None:
-    """Raise :class:`AgmValueError` unless the graph of ``value`` leads to ``images``."""
+def _check_graph(what: str, value: Tensor, images: Tensor, *, whole: bool = True) -> None:
+    """Raise :class:`AgmValueError` unless the graph of ``value`` leads to ``images``.
+
+    Args:
+        whole: follow it; else see only whether there is one.
+    """
     if not images.requires_grad:
         raise AgmValueError(
             "images carry no graph: pass the generator's output itself, not a detached copy"
         )
-    goal = get_gradient_edge(images).node
-    if not value.requires_grad or goal not in _graph(value, goal):
+    goal = get_gradient_edge(images).node if whole else None
+    if not value.requires_grad or (goal is not None and goal not in _graph(value, goal)):
         raise AgmValueError(
             f"{what} must depend on images, and the graph does not lead there: compute them from "
             "the images that are given, without torch.no_grad() or detach()"

@@ -99,7 +99,7 @@ def parts(trainer: Trainer) -> dict[str, Callable[[], Any]]:
     logits = trainer._run(trainer.teacher, images).float().detach().requires_grad_()
     answers = trainer._run(trainer.student, images).float().detach().requires_grad_()
     labels = logits.argmax(1)
-    hook = AGM(interpolation=False, alternate=False)
+    hook, seed = AGM(interpolation=False, alternate=False), images.new_zeros(()).requires_grad_()
     for optimizer in (trainer.generator_optimizer, trainer.student_optimizer):
         optimizer.param_groups[0]["lr"] = 0.0  # the pieces' gradients mean nothing
 
@@ -130,7 +130,9 @@ def parts(trainer: Trainer) -> dict[str, Callable[[], Any]]:
 
     def and_loss() -> None:  # a step has one backward for both
         other = F.cross_entropy(logits, labels)
-        ours = hook.generator_loss(images=images, teacher_logits=logits, student=lambda _: answers)
+        ours = hook.generator_loss(
+            images=seed, teacher_logits=logits + seed, student=lambda given: answers + given
+        )
         (other + ours).backward()
 
     def weight_quantizers() -> None:

@@ -45,6 +45,12 @@ class RealImages:
     def generator_loss(self, *, teacher_logits: Tensor, **_: Any) -> Tensor:
         return teacher_logits.new_zeros(())
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"rng": self.rng.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rng.set_state(state["rng"])
+
     def student_batch(self, *, images: Tensor, labels: Tensor | None = None) -> Any:
         n, size = len(images), images.shape[-1]
         chosen = torch.randint(len(self.images), (n,), generator=self.rng)

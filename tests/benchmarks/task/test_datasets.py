@@ -139,7 +139,7 @@ def test_grey_images_become_three_channels(tmp_path):
 
 def pixels(tmp_path):
     """(3, 1, 4) in 0..255, of the one image there."""
-    images, _ = image_folder(tmp_path, image_size=4, mean=(0, 0, 0), std=(1, 1, 1))
+    images, _ = load(tmp_path, 4, **PLAIN)
     return (images[0, :, 0] * 255).round().int()
 
 
