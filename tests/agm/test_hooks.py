@@ -524,7 +524,7 @@ W = torch.ones((), dtype=torch.float64, requires_grad=True)
 def test_without_a_graph_there_is_no_gradient_and_an_error_says_whose(changes, received):
     """W, with a gradient of its own, is as a network's weights: a graph that leads elsewhere."""
     first, step = steps(0, 2)
-    hook = AGM(alternate=False)
+    hook = AGM(alternate=False, interval=1)  # it follows the graph when it measures the weight
     hook.generator_loss(**first)
     before = hook.state_dict()
     given = step["images"], step["teacher_logits"], step["student"]
