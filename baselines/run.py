@@ -13,7 +13,7 @@ from agm import DiversityProbe, Hook
 from baselines.errors import CheckpointError, ConfigError
 from baselines.methods import adadfq, gdfq, qimera
 from baselines.quantization import checkpoint
-from baselines.quantization.graph import image_channels
+from baselines.quantization.copying import image_channels
 from baselines.quantization.policy import BitPolicy, QuantizationConfig
 from baselines.quantization.quantizers import check_choice
 from baselines.training.recipe import Recipe

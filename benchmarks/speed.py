@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agm import AGM, AgmError, frozen_parameters
 from baselines import METHODS, RECIPES
-from baselines.quantization.graph import image_channels
+from baselines.quantization.copying import image_channels
 from baselines.quantization.policy import QuantizationConfig
 from baselines.quantization.quantizers import observing
 from baselines.training.bn_stats import batch_norm_statistics

@@ -19,9 +19,9 @@ from torch import fx, nn
 
 from baselines.defaults import torch_defaults
 from baselines.errors import CheckpointError
-from baselines.quantization.graph import traced
 from baselines.quantization.policy import QuantizationConfig
 from baselines.quantization.student import build_student
+from baselines.quantization.tracing import traced
 
 MAGIC = b"agm checkpoint 1\n"
 DIGEST_SIZE = hashlib.sha256().digest_size

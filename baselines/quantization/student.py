@@ -42,7 +42,7 @@ EDGE_BITS = 8  # of the image, averages and the last layer's input
 
 
 def build_student(network: fx.GraphModule, config: QuantizationConfig) -> fx.GraphModule:
-    """A quantized copy of a traced network (:func:`baselines.quantization.graph.traced`).
+    """A quantized copy of a traced network (:func:`baselines.quantization.tracing.traced`).
 
     Weights of Conv and Linear are quantized per output channel by a parametrization; an activation
     quantizer stands behind each *call* that makes what ``config.activations`` says, so a module

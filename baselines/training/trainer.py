@@ -38,10 +38,12 @@ from baselines.errors import (
     UnsupportedLayerError,
 )
 from baselines.quantization.batch_norms import with_folded_norms
-from baselines.quantization.graph import Reference, check_logits_shape, traced
+from baselines.quantization.graph import check_logits_shape
 from baselines.quantization.policy import BitPolicy, QuantizationConfig, bit_policy
 from baselines.quantization.quantizers import observing, unquantized, weights_quantized_once
+from baselines.quantization.reference import Reference
 from baselines.quantization.student import build_student
+from baselines.quantization.tracing import traced
 from baselines.training.bn_stats import batch_norm_statistics, normalising_layers
 from baselines.training.input_range import InRange, input_range
 from baselines.training.recipe import Recipe

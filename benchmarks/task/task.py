@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from baselines.errors import ConfigError
-from baselines.quantization.graph import image_channels
+from baselines.quantization.copying import image_channels
 from baselines.training.trainer import resolve_device
 from benchmarks.errors import UsageError
 from benchmarks.task import datasets, teachers

@@ -17,8 +17,8 @@ from agm import AGM, AgmError, LinearInterpolation
 from baselines import METHODS, RECIPES, Interrupted, load_quantized, quantize, save_quantized
 from baselines.errors import CheckpointError, ConfigError, UnsupportedLayerError
 from baselines.quantization import checkpoint
-from baselines.quantization.graph import traced
 from baselines.quantization.student import build_student
+from baselines.quantization.tracing import traced
 from tests.baselines import Tiny, bits, images, raw, same_state, weights
 
 STEPS = 12

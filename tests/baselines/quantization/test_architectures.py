@@ -12,10 +12,11 @@ import torchvision
 from torch import nn
 
 from baselines.methods import gdfq
-from baselines.quantization.graph import Reference, traced
 from baselines.quantization.policy import QuantizationConfig, bit_policy
 from baselines.quantization.quantizers import ActivationQuantizer, observing, unquantized
+from baselines.quantization.reference import Reference
 from baselines.quantization.student import build_student
+from baselines.quantization.tracing import traced
 from baselines.training.trainer import Trainer
 from tests.baselines import images, settle
 

@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 
 from baselines.quantization.batch_norms import FoldedConv, NormalisedConv, with_folded_norms
-from baselines.quantization.graph import traced
+from baselines.quantization.tracing import traced
 from baselines.training.bn_stats import batch_norm_statistics, normalising_layers
 from tests.baselines import Tiny, bits, fill, images
 

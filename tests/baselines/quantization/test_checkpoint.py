@@ -30,9 +30,9 @@ from baselines.quantization.checkpoint import (
     previous,
     save,
 )
-from baselines.quantization.graph import traced
 from baselines.quantization.policy import QuantizationConfig
 from baselines.quantization.student import build_student
+from baselines.quantization.tracing import traced
 from tests import hostile
 from tests.baselines import Tiny, bits, images, same_state
 

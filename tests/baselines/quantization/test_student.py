@@ -13,7 +13,6 @@ from agm import AgmError
 from baselines.errors import UnsupportedLayerError
 from baselines.methods import gdfq
 from baselines.quantization.batch_norms import NormalisedConv
-from baselines.quantization.graph import traced
 from baselines.quantization.policy import QuantizationConfig, bit_policy
 from baselines.quantization.quantizers import (
     ActivationQuantizer,
@@ -22,6 +21,7 @@ from baselines.quantization.quantizers import (
     unquantized,
 )
 from baselines.quantization.student import build_student
+from baselines.quantization.tracing import traced
 from baselines.training.trainer import Trainer
 from tests.baselines import Tiny, bits, fill, images, settle, weights
 

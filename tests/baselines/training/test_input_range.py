@@ -9,7 +9,7 @@ from torch import nn
 
 from baselines import quantize
 from baselines.errors import ConfigError
-from baselines.quantization.graph import traced
+from baselines.quantization.tracing import traced
 from baselines.training.input_range import input_range
 from benchmarks.task import datasets, teachers
 from tests.baselines import Tiny

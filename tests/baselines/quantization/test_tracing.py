@@ -16,10 +16,12 @@ from torch.nn.utils.weight_norm import weight_norm
 from agm import AGM
 from baselines import quantize
 from baselines.errors import ConfigError, UnsupportedLayerError
-from baselines.quantization.graph import Reference, image_channels, traced
+from baselines.quantization.copying import image_channels
 from baselines.quantization.policy import QuantizationConfig
 from baselines.quantization.quantizers import observing
+from baselines.quantization.reference import Reference
 from baselines.quantization.student import build_student
+from baselines.quantization.tracing import traced
 from tests.baselines import Tiny, bits, fill, images
 
 SHAPE = (3, 8, 8)

@@ -1,0 +1,95 @@
+"""A network's own copy: no hooks, weights that are plain tensors."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from baselines.errors import UnsupportedLayerError
+from baselines.quantization.graph import CONVOLUTIONS
+
+# What makes a weight before each forward; torch's modules are hidden by functions of their names.
+_WEIGHT_HOOKS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
+
+
+def own_copy(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """``network`` with its hooks, in eval mode, on the CPU; the given one is untouched.
+
+    Raises:
+        UnsupportedLayerError: a weight is on the meta device or not initialised.
+    """
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if tensor.is_meta or nn.parameter.is_lazy(tensor):
+            what = "has no values, it is on the meta device" if tensor.is_meta else "is lazy"
+            raise UnsupportedLayerError(
+                f"{name!r} {what}; load its weights, or run the network on a batch, first"
+            )
+    # What weight_norm keeps between two forwards has a graph, which deepcopy refuses.
+    made = [t for m in network.modules() for t in vars(m).values() if isinstance(t, Tensor)]
+    memo = {id(t): t.detach().clone() for t in made if not t.is_leaf}
+    try:
+        return copy.deepcopy(network, memo).eval().to("cpu", dtype)
+    except Exception as error:
+        raise UnsupportedLayerError(
+            f"{type(network).__name__} cannot be copied ({error}); a tensor kept as an attribute "
+            "must be a parameter, a buffer, or detached"
+        ) from error
+
+
+def without_hooks(network: nn.Module) -> nn.Module:
+    """``network`` itself, its reparametrized weights made plain and all its hooks taken off."""
+    for module in network.modules():
+        if parametrize.is_parametrized(module):
+            _bake_parametrizations(module)
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, _WEIGHT_HOOKS):  # which make the weight before each forward
+                _bake_hook(module, hook)
+        for hooks in ("forward", "forward_pre", "backward", "backward_pre"):
+            getattr(module, f"_{hooks}_hooks").clear()
+        module._forward_hooks_with_kwargs.clear()
+        module._forward_pre_hooks_with_kwargs.clear()
+        module._forward_hooks_always_called.clear()
+    return network
+
+
+def _bake_parametrizations(module: nn.Module) -> None:
+    """As remove_parametrizations, which would take them from the class that copies share, too."""
+    with torch.no_grad():
+        values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+    module.__class__ = type(module).__bases__[0]
+    del module.parametrizations
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value))
+
+
+def _bake_hook(module: nn.Module, hook: Any) -> None:
+    name = hook._tensor_name if isinstance(hook, prune.BasePruningMethod) else hook.name
+    with torch.no_grad():
+        hook(module, None)
+        value = getattr(module, name).detach().clone()
+    for suffix in ("g", "v", "orig", "mask", "u"):
+        for store in (module._parameters, module._buffers):
+            store.pop(f"{name}_{suffix}", None)
+    module.__dict__.pop(name, None)
+    module._buffers.pop(name, None)
+    module.register_parameter(name, nn.Parameter(value))
+
+
+def image_channels(network: nn.Module, image_size: int) -> int | None:
+    """Those of the first convolution that ``network`` runs, or has; None if it has none."""
+    network = without_hooks(own_copy(network))
+    first: list[int] = []
+    convolutions = [m for m in network.modules() if isinstance(m, CONVOLUTIONS)]
+    for module in convolutions:
+        module.register_forward_pre_hook(lambda m, _inputs: first.append(m.in_channels))
+    try:
+        with torch.no_grad():
+            network(torch.zeros(2, 3, image_size, image_size))
+    except Exception:  # grey images, as a rule; what else may be wrong shows when it is traced
+        pass
+    first += [module.in_channels for module in convolutions[:1]]
+    return first[0] if first else None

@@ -1,0 +1,189 @@
+"""A network as a torch.fx graph that computes the same.
+
+network -> own copy, without hooks, reparametrized weights as plain ones (copying)
+        -> followed with a real batch beside the proxies                 (here)
+        -> one form: weights in torch's own layers, nothing in place     (canonical)
+        -> compared with the network, in numbers                         (reference)
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from baselines.errors import ConfigError, UnsupportedLayerError
+from baselines.quantization.canonical import canonical
+from baselines.quantization.copying import own_copy, without_hooks
+from baselines.quantization.graph import attribute, check_logits_shape, cleaned
+
+_TRACING = threading.Lock()  # torch.fx patches nn.Module while it traces
+
+
+def traced(
+    network: nn.Module, image_shape: tuple[int, int, int], dtype: torch.dtype = torch.float32
+) -> fx.GraphModule:
+    """A copy of ``network`` in eval mode and in ``dtype``, as a graph for images of one size.
+
+    Weights lie in Conv, Linear and BatchNorm modules, also those that were used by functions or by
+    subclasses with a forward of their own; weight_norm, spectral_norm, other parametrizations and
+    pruning are baked into them. Defaults of ``forward``'s further arguments are bound. Nothing is
+    done in place. No hook is carried over:
+    :class:`baselines.quantization.reference.Reference` says whether that made a difference.
+
+    Raises:
+        ConfigError: if it does not take such images.
+        UnsupportedLayerError: if torch.fx cannot follow its forward, or a weight is not there yet.
+    """
+    network = without_hooks(own_copy(network, dtype))
+    example = torch.zeros(2, *image_shape, dtype=dtype)
+    size = "x".join(map(str, image_shape))
+    try:
+        with torch.no_grad():
+            check_logits_shape(network(example))
+    except UnsupportedLayerError:
+        raise
+    except Exception as error:  # the user's forward may raise anything
+        raise ConfigError(
+            f"the network does not take {size} images ({error}); set image_size, or in_channels"
+        ) from error
+    try:
+        with torch.no_grad(), _TRACING:
+            graph = _ValueTracer(example).trace(_Entry(network))
+    except Exception as error:
+        raise UnsupportedLayerError(
+            f"{type(network).__name__} cannot be traced by torch.fx ({type(error).__name__}: "
+            f"{error}); its forward must not branch on tensor values: rewrite that part. Give a "
+            "compiled or parallel network's module inside"
+        ) from error
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = node.target.removeprefix("network.")
+        node._rename(node.name.removeprefix("network_"))
+    result = fx.GraphModule(network, graph, type(network).__name__)
+    canonical(result)
+    result.meta["image_shape"] = tuple(image_shape)
+    return cleaned(result)
+
+
+class _Entry(nn.Module):
+    """Binds the defaults of the network's further arguments, and an instance's own forward."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Any:
+        return self.network(images)
+
+
+class _ValueTracer(fx.Tracer):
+    """torch.fx's tracer with the value of everything beside it, for the sizes.
+
+    The size of a batch stays unknown; the other sizes are numbers, so that a forward may compute
+    and branch with them.
+    """
+
+    def __init__(self, example: Tensor) -> None:
+        super().__init__()
+        self.example = example
+        self.values: dict[fx.Node, Any] = {}
+        self.of_images: set[fx.Node] = set()
+        self.batch: fx.Proxy | None = None
+        self.evaluating = False
+        self.thread = threading.get_ident()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        own = "forward" in vars(m)
+        return not own and super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _ValueProxy(node, self)
+
+    @property
+    def _aside(self) -> bool:
+        # torch.fx patches nn.Module for all, also for another thread's training.
+        return self.evaluating or threading.get_ident() != self.thread
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return forward(*args, **kwargs) if self._aside else super().call_module(
+            m, forward, args, kwargs
+        )  # fmt: skip
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self._aside else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any):
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        node = proxy.node
+        if kind == "output":
+            return proxy
+        self.evaluating = True
+        try:
+            given, named = fx.node.map_arg((node.args, node.kwargs), self._value_of)
+            value = self._value(kind, target, given, named)
+        finally:
+            self.evaluating = False
+        self.values[node] = value
+        node.meta["is_tensor"] = isinstance(value, Tensor)
+        if kind == "placeholder" or any(n in self.of_images for n in node.all_input_nodes):
+            self.of_images.add(node)
+        if kind == "placeholder":
+            self.batch = proxy.size(0)
+        return proxy
+
+    def _value_of(self, node: fx.Node) -> Any:
+        # A buffer's node comes without a proxy.
+        return attribute(self.root, node.target) if node.op == "get_attr" else self.values[node]
+
+    def _value(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        if kind == "placeholder":
+            return self.example
+        if kind == "get_attr":
+            return attribute(self.root, target)
+        if kind == "call_module":
+            return self.root.get_submodule(target)(*args, **kwargs)
+        if kind == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        return target(*args, **kwargs)
+
+    def size(self, proxy: fx.Proxy, dim: int) -> Any:
+        """A number, or for the batch's size of something that depends on the images a proxy."""
+        value = self.values[proxy.node]
+        if dim % value.ndim or proxy.node not in self.of_images:
+            return value.shape[dim]
+        if self.batch is not None and len(value) == len(self.example):
+            return self.batch
+        return self.create_proxy("call_method", "size", (proxy, 0), {})
+
+
+class _ValueProxy(fx.Proxy):
+    @property
+    def _value(self) -> Any:
+        return self.tracer.values[self.node]
+
+    def __getattr__(self, name: str) -> Any:
+        value = self._value
+        if isinstance(value, Tensor):
+            if name == "shape":
+                return tuple(self.tracer.size(self, i) for i in range(value.ndim))
+            if name in ("ndim", "dtype", "is_cuda", "layout", "requires_grad"):
+                return getattr(value, name)
+        return super().__getattr__(name)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.tracer.size(self, dim)
+
+    def dim(self) -> int:
+        return self._value.ndim
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self._value, tuple | list):
+            return (self[i] for i in range(len(self._value)))
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        if isinstance(self._value, tuple | list):
+            return len(self._value)
+        return super().__len__()
