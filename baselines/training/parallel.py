@@ -121,17 +121,25 @@ def connected() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def bytes_per_step(generator: nn.Module, student: nn.Module, channels: int) -> int:
-    """What a rank hands to all-reduce in a step: both gradients, BNS's moments, the buffers.
+def running_statistics(network: nn.Module) -> list[Tensor]:
+    """The running means and variances of a network's BatchNorms."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [buffer for norm in norms for buffer in norm.buffers() if buffer.is_floating_point()]
 
-    Without the few numbers of losses and hooks. A ring sends 2 (N - 1) / N times as much per rank.
+
+def bytes_per_step(generator: nn.Module, student: nn.Module, channels: int) -> int:
+    """What a rank hands to all-reduce in a step, but for the few numbers of losses and hooks.
+
+    Both networks' gradients and the generator's running statistics in float32, BNS's moments in
+    float64. A ring sends and receives 2 (N - 1) / N times as much on each of N ranks.
 
     Args:
         channels: of the teacher's BatchNorms, together.
     """
-    averaged = [*generator.parameters(), *student.parameters(), *generator.buffers()]
-    floats = sum(t.numel() * t.element_size() for t in averaged if t.is_floating_point())
-    return floats + 2 * channels * torch.float64.itemsize
+    averaged = [
+        *generator.parameters(), *student.parameters(), *running_statistics(generator)
+    ]  # fmt: skip
+    return sum(t.numel() * t.element_size() for t in averaged) + 2 * channels * 8
 
 
 def _mean(x: Tensor, size: int) -> Tensor:

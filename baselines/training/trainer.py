@@ -38,7 +38,7 @@ from baselines.quantization.quantizers import observing, unquantized, weights_qu
 from baselines.quantization.student import build_student
 from baselines.training.bn_stats import batch_norm_statistics, normalising_layers
 from baselines.training.input_range import InRange, input_range
-from baselines.training.parallel import ALONE, Ranks
+from baselines.training.parallel import ALONE, Ranks, running_statistics
 from baselines.training.recipe import Recipe
 
 # Layers draw their first weights from the global generator, which all threads share.
@@ -200,7 +200,7 @@ class Trainer:
         self.ranks.average_(named.values())
         self._watch(named)
         gradients = [p.grad for p in self.generator.parameters()]
-        self.ranks.average_([*gradients, *self.generator.buffers()])
+        self.ranks.average_([*gradients, *running_statistics(self.generator)])
         self.generator_optimizer.step()
         if student_terms:
             self.student_optimizer.zero_grad(set_to_none=True)
