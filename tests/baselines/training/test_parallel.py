@@ -17,7 +17,7 @@ from baselines.errors import CheckpointError, ConfigError, NonFiniteLossError
 from baselines.training.bn_stats import batch_norm_statistics, normalising_layers
 from baselines.training.parallel import ALONE, Ranks, bytes_per_step
 from baselines.training.trainer import Trainer
-from tests.baselines import Tiny, images, same_state
+from tests.baselines import Tiny, fill, images, same_state
 from tests.baselines.training.test_trainer import SMALL, make
 
 STEPS = 7
@@ -73,9 +73,8 @@ def test_gradients_are_those_of_the_whole_batch(method, tmp_path):
 
 
 def moments(ranks: Ranks, x: torch.Tensor) -> tuple[float, torch.Tensor]:
-    network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5)).eval()
-    with torch.no_grad():
-        network[1].weight.fill_(0.3)
+    layers = [nn.BatchNorm2d(3), nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5)]
+    network = fill(nn.Sequential(*layers), 0).double()
     part = ranks.part(x).requires_grad_()
     with batch_norm_statistics(normalising_layers(network)) as statistics:
         network(part)
@@ -87,17 +86,15 @@ def moments(ranks: Ranks, x: torch.Tensor) -> tuple[float, torch.Tensor]:
 @pytest.mark.parametrize("size", [2, 3])
 def test_bns_is_that_of_the_whole_batch(size, tmp_path):
     # A channel far from 0, and parts that differ from one another.
-    x = (
-        images(12) * torch.tensor([1.0, 5.0, 0.1])[:, None, None]
-        + torch.arange(12.0)[:, None, None, None]
-    )
-    x[:, 2] += 300
+    spread, level = torch.tensor([1.0, 5.0, 0.1]), torch.tensor([0.0, 1.0, 300.0])
+    x = images(12).double() * spread[:, None, None] + level[:, None, None]
+    x += torch.arange(12)[:, None, None, None]
     loss, gradient = moments(ALONE, x)
     found = on_ranks(tmp_path, moments, x, size=size)
     for got, _ in found:
-        assert got == pytest.approx(loss, rel=1e-5)
+        assert got == pytest.approx(loss, rel=1e-10)
     shared = torch.cat([part for _, part in found])
-    torch.testing.assert_close(shared, gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+    torch.testing.assert_close(shared, gradient, rtol=1e-7, atol=1e-10)
 
 
 # A run
@@ -120,7 +117,7 @@ def test_all_ranks_are_in_the_same_state(method, tmp_path):
 
 
 def test_three_ranks_cannot_share_eight_images():
-    with pytest.raises(ConfigError, match="a batch of 8 .* by 3 ranks; choose"):
+    with pytest.raises(ConfigError, match=r"a batch of 8 .* by 3 ranks; choose"):
         make(batch_size=8, ranks=Ranks(0, 3))
 
 
