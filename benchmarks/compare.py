@@ -448,7 +448,8 @@ class Comparison:
         if "--out" in given:
             place = given.index("--out")
             del given[place : place + 2]
-        return shlex.join(["python", "benchmarks/compare.py", *given])
+        start = ["torchrun", f"--nproc-per-node={self.ranks.size}"] if self.args.parallel else []
+        return shlex.join([*(start or ["python"]), "benchmarks/compare.py", *given])
 
 
 def in_job(

@@ -1,6 +1,5 @@
 """A batch shared by two processes (gloo) against the same batch in one."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from agm import AGM, AgmError
@@ -19,22 +17,18 @@ from baselines.training.parallel import ALONE, Ranks, bytes_per_step
 from baselines.training.trainer import Trainer
 from tests.baselines import Tiny, fill, images, same_state
 from tests.baselines.training.test_trainer import SMALL, make
+from tests.ranks import on_ranks
 
 STEPS = 7
 
 
-def on_ranks(folder: Path, function: Callable[..., Any], *args: Any, size: int = 2) -> list[Any]:
+def on(folder: Path, function: Callable[..., Any], *args: Any, size: int = 2) -> list[Any]:
     """What ``function(ranks, *args)`` gives in each of ``size`` processes."""
-    name = f"{function.__name__}-{time.monotonic_ns()}"
-    mp.spawn(_call, (size, folder / name, function, args), nprocs=size)
-    return [torch.load(folder / f"{name}.{rank}", weights_only=False) for rank in range(size)]
+    return on_ranks(folder, _with_ranks, function, *args, size=size)
 
 
-def _call(rank: int, size: int, place: Path, function: Callable[..., Any], args: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=size)
-    torch.save(function(Ranks(rank, size), *args), f"{place}.{rank}")
-    dist.destroy_process_group()
+def _with_ranks(rank: int, size: int, function: Callable[..., Any], *args: Any) -> Any:
+    return function(Ranks(rank, size), *args)
 
 
 def trainer(ranks: Ranks, method: str, hooks: str, *, frozen: bool = False) -> Trainer:
@@ -65,7 +59,7 @@ def gradients(ranks: Ranks, method: str) -> list[list[torch.Tensor]]:
 @pytest.mark.parametrize("method", ["gdfq", "qimera"])
 def test_gradients_are_those_of_the_whole_batch(method, tmp_path):
     alone = gradients(ALONE, method)
-    for shared in on_ranks(tmp_path, gradients, method):
+    for shared in on(tmp_path, gradients, method):
         for want, got in zip(alone, shared, strict=True):
             scale = max(w.abs().max() for w in want)
             for a, b in zip(want, got, strict=True):
@@ -90,7 +84,7 @@ def test_bns_is_that_of_the_whole_batch(size, tmp_path):
     x = images(12).double() * spread[:, None, None] + level[:, None, None]
     x += torch.arange(12)[:, None, None, None]
     loss, gradient = moments(ALONE, x)
-    found = on_ranks(tmp_path, moments, x, size=size)
+    found = on(tmp_path, moments, x, size=size)
     for got, _ in found:
         assert got == pytest.approx(loss, rel=1e-10)
     shared = torch.cat([part for _, part in found])
@@ -108,7 +102,7 @@ def run(ranks: Ranks, method: str, hooks: str) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("method", SMALL)
 def test_all_ranks_are_in_the_same_state(method, tmp_path):
-    (state, terms), *others = on_ranks(tmp_path, run, method, "both")
+    (state, terms), *others = on(tmp_path, run, method, "both")
     assert {"calls", "running"} <= state["hooks"][0].keys()
     assert state["hooks"][0]["running"].keys() == {"mean", "variance", "weight"}
     for other, their_terms in others:
@@ -147,7 +141,7 @@ def refused(ranks: Ranks) -> tuple[str, int]:
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_is_refused_on_all(tmp_path):
-    (message, step), other = on_ranks(tmp_path, refused)
+    (message, step), other = on(tmp_path, refused)
     assert other == (message, step)
     assert "step 1" in message
 
@@ -177,9 +171,9 @@ def quantized(ranks: Ranks, path: str | None, stop_at: int | None, resume: bool)
 
 def test_a_stopped_run_goes_on_bit_by_bit(tmp_path):
     path = str(tmp_path / "run")
-    whole = on_ranks(tmp_path, quantized, None, None, False)
-    assert on_ranks(tmp_path, quantized, path, 3, False) == [f"stopped after step 3 of {STEPS}"] * 2
-    resumed = on_ranks(tmp_path, quantized, path, None, True)
+    whole = on(tmp_path, quantized, None, None, False)
+    assert on(tmp_path, quantized, path, 3, False) == [f"stopped after step 3 of {STEPS}"] * 2
+    resumed = on(tmp_path, quantized, path, None, True)
     assert same_state(resumed[0], whole[0])
     assert same_state(resumed[1], whole[1])
     with pytest.raises(CheckpointError, match="ranks differ"):
@@ -204,7 +198,7 @@ def broken(ranks: Ranks, path: str) -> str:
 def test_a_checkpoint_that_rank_0_cannot_read_is_refused_on_all(tmp_path):
     path = tmp_path / "run"
     path.write_bytes(b"rubbish")
-    (given, error), other = on_ranks(tmp_path, refusals, str(path))
+    (given, error), other = on(tmp_path, refusals, str(path))
     assert other == [given, error]
     assert given == "from rank 0"
     assert error.startswith("CheckpointError: ")
@@ -229,7 +223,7 @@ def counted(ranks: Ranks) -> tuple[int, int]:
 
 
 def test_bytes_of_a_step(tmp_path):
-    for sent, told in on_ranks(tmp_path, counted):
+    for sent, told in on(tmp_path, counted):
         assert 0 <= sent - told <= 16  # the four losses
 
 
