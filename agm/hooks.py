@@ -142,6 +142,16 @@ class AGM:
         alternate: take turns (default); False for both in every call.
         seed: of the interpolation's own random generator.
 
+    Under DistributedDataParallel each rank has an AGM of the same seed for its part of the batch.
+    Pass ``student=student.module``, as the wrapper awaits gradients that the generator's turn does
+    not give, and let the ranks average what they measured, once a step::
+
+        state = agm.state_dict()
+        for average in state["running"].values():
+            torch.distributed.all_reduce(average)
+            average /= torch.distributed.get_world_size()
+        agm.load_state_dict(state)
+
     Source: Luo et al., IEEE TCSVT 2024, doi 10.1109/TCSVT.2024.3399311; how margin and weight adapt
     is this project's.
     """

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from baselines.quantization import checkpoint
 from baselines.quantization.copying import image_channels
 from baselines.quantization.policy import BitPolicy, QuantizationConfig
 from baselines.quantization.quantizers import check_choice
+from baselines.training.parallel import ALONE, Ranks
 from baselines.training.recipe import Recipe
 from baselines.training.trainer import Trainer
 
@@ -80,6 +82,7 @@ def quantize(
     seed: int = 0,
     device: str | torch.device = "cpu",
     precision: str = "auto",
+    ranks: Ranks = ALONE,
     evaluate: Callable[[nn.Module], float | Mapping[str, float]] | None = None,
     eval_every: int | None = None,
     records: int = 20,
@@ -106,7 +109,8 @@ def quantize(
             that weighted layers read, or ``"relu"`` (``paper``), what comes out of ReLUs.
         scheme, edge_bits: see :class:`baselines.quantization.policy.QuantizationConfig`.
         input_mean, input_std: see :class:`baselines.training.trainer.Trainer`.
-        seed, device, precision: see :class:`baselines.training.trainer.Trainer`.
+        seed, device, precision, ranks: see :class:`baselines.training.trainer.Trainer`. Every rank
+            calls this with the same arguments; rank 0 alone reads and writes checkpoints.
         evaluate: quantized network -> accuracy, or several figures by name, ``"accuracy"`` one of
             them, which history takes. Called straight after quantization, then every so often, and
             after the last step. Never used for training or selection: ``model`` is that of the
@@ -150,6 +154,7 @@ def quantize(
         seed=seed,
         device=device,
         precision=precision,
+        ranks=ranks,
     )
     plan, config = trainer.recipe, trainer.config
     on_policy(trainer.policy)
@@ -165,19 +170,20 @@ def quantize(
         "precision": trainer.precision,
         "teacher": checkpoint.fingerprint(teacher),
         "records": records,
+        "ranks": ranks.size,
         "hooks": [_described(hook) for hook in trainer.hooks],
         "eval_every": eval_every,
     }
     if resume and checkpoint_path is not None:
-        state = checkpoint.load_newest(checkpoint_path)
+        state = ranks.first(partial(checkpoint.load_newest, checkpoint_path))
         if state is not None:
             run.load_state_dict(state, identity)
     while trainer.step_count < plan.steps:
         on_step(trainer.step_count, run.advance())
-        stopping = stop()
+        stopping = ranks.any(stop(), trainer.device)
         due = trainer.step_count % checkpoint_every == 0
         if checkpoint_path is not None and (stopping or due):
-            checkpoint.save(checkpoint_path, run.state_dict(identity), keep_previous=True)
+            ranks.first(partial(run.save, checkpoint_path, identity))
         if stopping:
             raise Interrupted(f"stopped after step {trainer.step_count} of {plan.steps}")
     return Result(
@@ -275,6 +281,9 @@ class _Run:
             self.history[-1] |= figures if isinstance(figures, Mapping) else {"accuracy": figures}
             self.trainer.student.eval()
         return terms
+
+    def save(self, path: str | Path, identity: dict[str, Any]) -> None:
+        checkpoint.save(path, self.state_dict(identity), keep_previous=True)
 
     def state_dict(self, identity: dict[str, Any]) -> dict[str, Any]:
         return {

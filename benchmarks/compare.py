@@ -3,16 +3,27 @@
     python benchmarks/compare.py --baseline gdfq --with-agm
 
 Without --model it runs on scikit-learn's handwritten digits and needs nothing but the install.
+
+Under torchrun, with an --out that all see, the ranks share the runs out among them:
+
+    torchrun --nnodes 2 --nproc-per-node 4 ... benchmarks/compare.py --out FOLDER ...
+
+or, with --parallel batch, they share each batch of one run after the other.
 """
 
 import argparse
+import contextlib
 import inspect
 import json
+import os
 import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,8 +40,10 @@ from baselines.quantization import checkpoint
 from baselines.quantization.checkpoint import fingerprint
 from baselines.quantization.policy import PLACEMENTS
 from baselines.run import make_trainer
+from baselines.training.parallel import ALONE, Ranks, connected
 from benchmarks import report
 from benchmarks.errors import UsageError
+from benchmarks.grid import claimed, number_of_jobs, one_thread, progress, shared, side_by_side
 from benchmarks.process import Stop, locked, replacing
 from benchmarks.provenance import provenance
 from benchmarks.report import Cell
@@ -43,6 +56,10 @@ RESULTS = (
     "accuracy_ptq", "accuracy_ptq_top5", "accuracy_last", "accuracy_last_top5", "accuracy_tuning",
     "accuracy_proof", "seconds", "steps_per_s", "checkpoint",
 )  # fmt: skip
+
+
+# In the output folder: who works on which cell, and which ones failed under torchrun.
+CLAIMS = ".claims"
 
 
 class Parser(argparse.ArgumentParser):
@@ -93,8 +110,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="judge the network every so many steps (default: 20 times a run; where --data has "
         "more than 2^24 pixels, such as 1,000 images of 224, only straight after quantization and "
         "at the end, as always)")
+    add = parser.add_argument_group("on what").add_argument
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: auto")
+    add("--jobs", type=int, metavar="N",
+        help="runs side by side, each in a process of one CPU thread (or OMP_NUM_THREADS) or one "
+        "GPU; -1 (default): as many as there are cores or GPUs")
+    add("--parallel", choices=["batch"], help="under torchrun: all ranks share each batch")
     add = parser.add_argument_group("where").add_argument
     add("--out", type=Path, help="output folder (default: runs/MODEL-TIME)")
     add("--resume", action="store_true",
@@ -155,54 +177,92 @@ def constants(recipe: str, image_size: int) -> dict[str, str]:
 
 
 class Comparison:
-    """A grid of runs on one task, in one folder that it has to itself; made, it is checked."""
+    """A grid of runs on one task, in one folder that it has to itself; made, it is checked.
 
-    def __init__(self, args: argparse.Namespace, task: Task, out: Path) -> None:
-        self.args, self.task, self.out = args, task, out
+    Args:
+        ranks: that share its cells, or with --parallel batch each run's batches.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, task: Task, out: Path, *, ranks: Ranks = ALONE
+    ) -> None:
+        self.args, self.task, self.out, self.ranks = args, task, out, ranks
+        # Who trains one run together: all ranks, or this process alone.
+        self.partners = ranks if args.parallel else ALONE
         self.full_precision = _accuracies("fp", {})
         self.cells = grid(args)
+        self.jobs = 1
+        if ranks.size == 1:
+            self.jobs = number_of_jobs(args.jobs, len(self.cells), args.device)
+        self.bar = partial(progress, several=ranks.size > 1 and not args.parallel)
+        self.todo: list[str] = []
         self.steps: dict[str, int] = {}
         self.precision = self.args.precision
-        self.stop = Stop()
+        self.stop: Callable[[], bool] = Stop()
         self.policies = self._check()
 
     def run(self) -> int:
         """All cells that are not finished, then the report; returns the exit status."""
-        self._claim_folder()
-        if self.task.images is not None:  # the pass that decodes them all, and names a damaged one
+        rows = self.ranks.first(self._claim_folder)
+        if self.task.images is not None:
+            # The pass that decodes them all, and names a damaged one.
             self.full_precision = _accuracies("fp", self.task.figures(self.task.teacher))
-        report.write_json(self.out / "settings.json", self._settings())
-        rows = {cell["name"]: row for cell in self.cells if (row := self._finished(cell))}
+        self.ranks.first(partial(report.write_json, self.out / "settings.json", self._settings()))
         todo = [cell for cell in self.cells if cell["name"] not in rows]
+        self.todo = [cell["name"] for cell in todo]
+        if self.ranks.rank == 0:
+            self._announce(len(rows))
+        stop = Stop()
+        self.stop = stop
+        with stop.listening():
+            for cell, end in self._ends(todo):
+                try:
+                    rows[cell["name"]] = end()
+                except Interrupted as stopped:
+                    print(f"{cell['name']}: {stopped}", file=sys.stderr)
+                except BrokenExecutor as error:
+                    rows[cell["name"]] = self._failed(cell, error)
+        finished = [rows[cell["name"]] for cell in self.cells if cell["name"] in rows]
+        interrupted = len(finished) < len(self.cells)
+        if self.ranks.rank == 0:
+            if finished:
+                self._report(finished)
+            if interrupted:
+                where = shlex.join(["--out", str(self.out)])
+                print(f"go on with: {self._command()} {where} --resume", file=sys.stderr)
+            else:
+                print(f"Reproduce: {self._command()}", flush=True)
+        if interrupted:
+            return 128 + (stop.received or signal.SIGINT)
+        # By another rank's failure torchrun would end rank 0 in its report.
+        return 1 if self.ranks.rank == 0 and any(row["error"] for row in finished) else 0
+
+    def _announce(self, done: int) -> None:
+        """What is to be run, and what is quantized how."""
         fp = report.percent(self.full_precision, "accuracy_fp")
         judged = 0 if self.task.images is None else len(self.task.images)
         print(f"Teacher {self.args.model}: full precision {fp} on {judged} evaluation images")
         print(
-            f"{len(self.cells)} runs, {len(rows)} of them done before, into {self.out}; "
+            f"{len(self.cells)} runs, {done} of them done before, into {self.out}; "
             f"{self.precision} on {self.args.device}",
             flush=True,
         )
         for (weight_bits, act_bits), policy in self.policies.items():
             print(f"\nBit policy W{weight_bits}A{act_bits}\n{policy}\n", flush=True)
-        interrupted = False
-        with self.stop.listening():
-            for i, cell in enumerate(todo):
-                try:
-                    rows[cell["name"]] = self._run_cell(cell, f"{i + 1}/{len(todo)}")
-                except Interrupted as stopped:
-                    print(f"{cell['name']}: {stopped}", file=sys.stderr)
-                    interrupted = True
-                    break
-        finished = [rows[cell["name"]] for cell in self.cells if cell["name"] in rows]
-        if finished:
-            self._report(finished)
-        if not interrupted:
-            print(f"Reproduce: {self._command()}", flush=True)
+
+    def _ends(self, todo: list[Cell]) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
+        """Cells with the calls that give their rows, in whatever way this grid is worked on."""
+        if self.jobs > 1:
+            make = partial(in_job, self.args.argv, self.out, self.full_precision, self.todo)
+            yield from side_by_side(todo, self.jobs, make, self.stop)
+        elif self.ranks.size > 1 and not self.args.parallel:
+            for cell in shared(todo, self.out / CLAIMS, self.stop):
+                yield cell, partial(self._take_over, cell)
         else:
-            where = shlex.join(["--out", str(self.out)])
-            print(f"go on with: {self._command()} {where} --resume", file=sys.stderr)
-            return 128 + (self.stop.received or signal.SIGINT)
-        return 1 if any(row["error"] for row in finished) else 0
+            for cell in todo:
+                if self.partners.any(self.stop(), self.args.device):
+                    return
+                yield cell, partial(self.run_cell, cell)
 
     def _check(self) -> dict[tuple[int, int], str]:
         """Build every kind of run once, so that a mistake shows before any training.
@@ -232,8 +292,12 @@ class Comparison:
         )  # fmt: skip
         return {name: getattr(self.args, name) for name in names}
 
-    def _claim_folder(self) -> None:
-        """Refuse the results of other settings, and to repeat a run unasked."""
+    def _claim_folder(self) -> dict[str, Cell]:
+        """Refuse the results of other settings, and to repeat a run unasked.
+
+        Returns:
+            The rows of the cells that are finished, by name.
+        """
         known = self.out / "settings.json"
         if known.exists() and not self.args.resume:
             raise UsageError(
@@ -243,9 +307,9 @@ class Comparison:
         before = _read_json(known) if known.exists() else now
         if before != now:
             other = [
-                k if k == "constants" else f"{k} {before.get(k)!r} there, {now[k]!r} now"
-                for k in now
-                if before.get(k) != now[k]
+                k if k == "constants" else f"{k} {before.get(k)!r} there, {now.get(k)!r} now"
+                for k in before | now
+                if before.get(k) != now.get(k)
             ]
             raise UsageError(
                 f"{self.out} was made with other settings ({'; '.join(other)}); repeat its "
@@ -254,6 +318,9 @@ class Comparison:
         for name in [*(cell["name"] for cell in self.cells), "report", "settings"]:
             for stale in [*self.out.glob(f"{name}.*.tmp"), *self.out.glob(f".{name}.*.tmp")]:
                 stale.unlink()
+        for failure in self.out.glob(f"{CLAIMS}/*.json"):
+            failure.unlink()
+        return {cell["name"]: row for cell in self.cells if (row := self._finished(cell))}
 
     def _settings(self) -> dict[str, Any]:
         """What a finished run depends on."""
@@ -265,6 +332,7 @@ class Comparison:
             "inputs": str(self.task.inputs),
             "eval_every": self.args.eval_every,
             "constants": constants(self.args.recipe, self.task.inputs.image_size),
+            **({"ranks": self.partners.size} if self.args.parallel else {}),
         } | self._training()
 
     def _finished(self, cell: Cell) -> Cell | None:
@@ -278,26 +346,45 @@ class Comparison:
             return None
         return row
 
-    def _run_cell(self, cell: Cell, count: str) -> Cell:
-        """A cell under its progress bar, as a row of report.json; a failure is a row as well."""
-        name = f"[{count}] {cell['name']}"
-        with tqdm(total=self.steps[cell["method"]], desc=name, unit="step", mininterval=0.5) as bar:
+    def run_cell(self, cell: Cell) -> Cell:
+        """A cell that no other process works on, as a row of report.json."""
+        first = self.partners.rank == 0
+        with claimed(self.out / CLAIMS, cell) if first else contextlib.nullcontext():
+            return self._run_cell(cell)
+
+    def _take_over(self, cell: Cell) -> Cell:
+        """The row of a cell that is claimed: another rank's, or this one's."""
+        failure = self.out / CLAIMS / f"{cell['name']}.json"
+        if failure.exists():
+            return _read_json(failure)
+        row = self._finished(cell) or self._run_cell(cell)
+        if row["error"]:
+            report.write_json(failure, row)
+        return row
+
+    def _run_cell(self, cell: Cell) -> Cell:
+        """A cell under its progress bar; a failure is a row as well."""
+        place = self.todo.index(cell["name"]) + 1
+        name = f"[{place}/{len(self.todo)}] {cell['name']}"
+        failures = [AgmError]
+        if self.partners.size == 1:  # else the others would wait for this rank: let all end
+            failures += [torch.OutOfMemoryError, MemoryError]
+        with self.bar(self.steps[cell["method"]], name, disable=self.partners.rank > 0) as bar:
             try:
                 result = self._quantize(cell, bar)
-            except (AgmError, torch.OutOfMemoryError, MemoryError) as error:
+            except tuple(failures) as error:
                 if self.args.debug:
                     raise
-                why = (str(error) or "out of memory").splitlines()[0]
-                return (
-                    cell
-                    | dict.fromkeys(RESULTS)
-                    | {
-                        "history": [],
-                        "error": f"{type(error).__name__}: {why}",
-                    }
-                    | self.full_precision
-                )
-        return self._save(cell, result)
+                return self._failed(cell, error)
+        return self.partners.first(partial(self._save, cell, result))
+
+    def _failed(self, cell: Cell, error: BaseException) -> Cell:
+        """The row of a cell that has no results."""
+        why = (str(error) or "out of memory").splitlines()[0]
+        if isinstance(error, BrokenExecutor):
+            why = "the process that ran it was killed, or ran out of memory; --resume tries again"
+        known = {"history": [], "error": f"{type(error).__name__}: {why}"}
+        return cell | dict.fromkeys(RESULTS) | known | self.full_precision
 
     def _quantize(self, cell: Cell, bar: tqdm) -> Result:
         hooks = []
@@ -321,11 +408,12 @@ class Comparison:
             image_size=self.task.inputs.image_size,
             seed=cell["seed"],
             **self._training(),
+            ranks=self.partners,
             evaluate=self.task.figures if self.task.images is not None else None,
             eval_every=self.args.eval_every or self.task.eval_every(self.steps[cell["method"]]),
             checkpoint_path=self.out / f"{cell['name']}.run",
             checkpoint_every=self.args.checkpoint_every,
-            resume=self.args.resume,
+            resume=self.args.resume or self.ranks.size > 1,  # what a dead rank left, too
             stop=self.stop,
             on_step=on_step,
         )
@@ -381,7 +469,29 @@ class Comparison:
         if "--out" in given:
             place = given.index("--out")
             del given[place : place + 2]
-        return shlex.join(["python", "benchmarks/compare.py", *given])
+        start = ["torchrun", f"--nproc-per-node={self.ranks.size}"] if self.args.parallel else []
+        return shlex.join([*(start or ["python"]), "benchmarks/compare.py", *given])
+
+
+def in_job(
+    argv: list[str],
+    out: Path,
+    full_precision: dict[str, float | None],
+    todo: list[str],
+    job: int,
+    stop: Callable[[], bool],
+) -> Callable[[Cell], Cell]:
+    """The comparison in a process of its own, as a cell's run."""
+    args = parse(argv)
+    if args.device == "cuda":
+        torch.cuda.set_device(job % torch.cuda.device_count())
+    comparison = Comparison(args, load_task(args), out)
+    if comparison._settings() != _read_json(out / "settings.json"):
+        raise UsageError("the model's weights or the images changed meanwhile; start anew")
+    comparison.full_precision = full_precision
+    comparison.todo, comparison.stop = todo, stop
+    comparison.bar = partial(progress, several=True, line=job)
+    return comparison.run_cell
 
 
 def _accuracies(of: str, figures: dict[str, float]) -> dict[str, float | None]:
@@ -401,13 +511,8 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, 1 if a cell failed, 2 for a user's mistake, 130 or 143 if stopped."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        args = parse(argv)
-        task = load_task(args)
-        name = args.model.replace(":", "-").replace("/", "-")
-        out = args.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        comparison = Comparison(args, task, out)
-        with locked(out):
-            return comparison.run()
+        with connected() as ranks:
+            return _compare(parse(argv), ranks)
     except AgmError as error:
         if "--debug" in argv:
             raise
@@ -417,5 +522,27 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
+def _compare(args: argparse.Namespace, ranks: Ranks) -> int:
+    one_thread()
+    if ranks.size > 1:
+        if args.out is None:
+            raise UsageError("under torchrun --out is needed, one folder that all ranks see")
+        if args.jobs is not None:
+            raise UsageError("under torchrun give --nproc-per-node in place of --jobs")
+        # torchrun --max-restarts starts all ranks again.
+        args.resume |= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    elif args.parallel:
+        raise UsageError("--parallel needs torchrun --nproc-per-node N in place of python")
+    task = load_task(args)
+    name = args.model.replace(":", "-").replace("/", "-")
+    out = args.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    comparison = Comparison(args, task, out, ranks=ranks)
+    with locked(out) if ranks.rank == 0 else contextlib.nullcontext():
+        return comparison.run()
+
+
 if __name__ == "__main__":
+    # Not this copy of it, whose functions a job's process would not find.
+    from benchmarks.compare import main
+
     sys.exit(main())

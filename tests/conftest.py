@@ -4,6 +4,7 @@ And the fault campaigns: tests that take the fixture ``campaign``, run short by 
 length, alone, by ``python -m pytest --campaign``.
 """
 
+import os
 import shutil
 import subprocess
 from collections import Counter
@@ -25,6 +26,8 @@ settings.register_profile("brief", settings.get_profile("agm"), max_examples=25)
 settings.load_profile("agm")
 
 torch.set_num_threads(1)  # the tensors are tiny: threads only cost
+# compare.py's cells run here, where a test can reach them, unless it asks for --jobs.
+os.environ["LOKY_MAX_CPU_COUNT"] = "1"
 
 
 class Campaign:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from baselines.errors import UnsupportedLayerError
 from baselines.quantization.batch_norms import FoldedConv
+from baselines.training.parallel import ALONE, Ranks
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -81,15 +82,21 @@ class BatchNormStatistics:
         self.batch += channel_moments(output if isinstance(module, FoldedConv) else given)
         self.layers.append(layer)
 
-    def loss(self) -> Tensor:
-        """MSE of the means + MSE of the variances, averaged over the layers; float32, scalar."""
+    def loss(self, ranks: Ranks = ALONE) -> Tensor:
+        """MSE of the means + MSE of the variances, averaged over the layers; float32, scalar.
+
+        Args:
+            ranks: that share the batch, of which this one collected its part.
+        """
         if not self.batch:
             raise UnsupportedLayerError(
                 "the network has BatchNorm layers and ran none of them, so there are no statistics "
                 "to draw images from; give the network without its unused parts"
             )
         # All layers at once: on small batches, many small operations are what a step waits for.
-        errors = torch.cat(self.batch) - torch.cat([layer.trained for layer in self.layers])
+        errors = torch.cat(ranks.moments(self.batch)) - torch.cat(
+            [layer.trained for layer in self.layers]
+        )
         errors = errors * torch.cat([layer.factor for layer in self.layers])
         return errors.square().sum() / len(self.layers)
 

@@ -46,6 +46,7 @@ from baselines.quantization.student import build_student
 from baselines.quantization.tracing import traced
 from baselines.training.bn_stats import batch_norm_statistics, normalising_layers
 from baselines.training.input_range import InRange, input_range
+from baselines.training.parallel import ALONE, Ranks, running_statistics
 from baselines.training.recipe import Recipe
 
 # Layers draw their first weights from the global generator, which all threads share.
@@ -89,6 +90,7 @@ class Trainer:
         device: where to train.
         precision: ``"fp32"`` or ``"bf16"`` (autocast), or ``"auto"``: bf16 where the device
             computes in it, else fp32.
+        ranks: the processes that share each batch; see :mod:`baselines.training.parallel`.
 
     Attributes:
         student: the quantized network.
@@ -111,8 +113,14 @@ class Trainer:
         seed: int = 0,
         device: str | torch.device = "cpu",
         precision: str = "auto",
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.method, self.recipe, self.config = method, recipe, config
+        self.method, self.recipe, self.config, self.ranks = method, recipe, config, ranks
+        if recipe.batch_size % ranks.size:
+            raise ConfigError(
+                f"a batch of {recipe.batch_size} cannot be shared evenly by {ranks.size} ranks; "
+                "choose another batch_size or number of ranks"
+            )
         self.hooks, self.seed = check_hooks(hooks), seed
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
@@ -145,6 +153,8 @@ class Trainer:
             generator = method.make_generator(self.teacher, self.num_classes, image_shape)
         if mean.any() or (std != 1).any():
             generator = InRange(generator, mean, std)
+        if ranks.size > 1 and self.device.type == "cuda":
+            generator = nn.SyncBatchNorm.convert_sync_batchnorm(generator)
         self.generator = self._place(generator.train())
         self.generator_optimizer, self.student_optimizer = recipe.optimizers(
             self.generator, self.student
@@ -181,6 +191,7 @@ class Trainer:
         self.generator_optimizer.param_groups[0]["lr"] = self.recipe.generator_lr * factor
         self.student_optimizer.param_groups[0]["lr"] = self.recipe.student_lr * factor
         latents, labels = self.generator.sample(self.recipe.batch_size, self.rng)
+        latents, labels = tuple(map(self.ranks.part, latents)), self.ranks.part(labels)
         with weights_quantized_once(self.student):
             generated = self._run(self.generator, *latents)
             images = generated.detach().requires_grad_()
@@ -201,17 +212,22 @@ class Trainer:
                 )
         named = {f"G/{name}": term for name, term in generator_terms.items()}
         named |= {f"Q/{name}": term for name, term in student_terms.items()}
+        named = {name: term.detach().clone() for name, term in named.items()}
+        self.ranks.average_(named.values())
         self._watch(named)
+        gradients = [p.grad for p in self.generator.parameters()]
+        self.ranks.average_([*gradients, *running_statistics(self.generator)])
         self.generator_optimizer.step()
         if student_terms:
             self.student_optimizer.zero_grad(set_to_none=True)
             total(student_terms).backward(inputs=list(self.student.parameters()))
+            self.ranks.average_(p.grad for p in self.student.parameters())
             self.student_optimizer.step()
         elif self.step_count >= self.recipe.warmup_steps - self.recipe.observe_steps:
             with observing(self.student), torch.no_grad():
-                self._run(self.student, images)
+                self._run(self.student, self.ranks.whole(images))
         self.step_count += 1
-        return {name: term.detach() for name, term in named.items()}
+        return named
 
     def _generator_terms(
         self, images: Tensor, labels: Tensor, student: "Remembered"
@@ -223,7 +239,7 @@ class Trainer:
             images=images,
             labels=labels,
             teacher_logits=teacher_logits,
-            bns=statistics.loss(),
+            bns=statistics.loss(self.ranks),
             student=student,
         )
         for i, hook in enumerate(() if self.warming_up else self.hooks):
@@ -234,6 +250,7 @@ class Trainer:
                 student=student,
                 other_terms=total(terms),
             )
+            self.ranks.average_state(hook)
             term = torch.as_tensor(term, device=self.device)  # a hook may return a plain 0
             terms[f"{name}{i}" if name in terms else name] = term
         return teacher_logits, terms

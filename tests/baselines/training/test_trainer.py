@@ -16,6 +16,7 @@ from baselines import METHODS
 from baselines.errors import CheckpointError, ConfigError, NonFiniteLossError
 from baselines.methods import gdfq
 from baselines.quantization.student import QuantizationConfig
+from baselines.training.parallel import ALONE
 from baselines.training.trainer import Remembered, Trainer, resolve_precision
 from tests.baselines import Tiny, bits, images, same_state, weights
 
@@ -33,7 +34,10 @@ contract = pytest.mark.parametrize(("method", "hooks"), list(itertools.product(M
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
-def make(method="gdfq", hooks=(), teacher=None, *, seed=0, precision="fp32", config=None, **recipe):
+def make(
+    method="gdfq", hooks=(), teacher=None, *, seed=0, precision="fp32", config=None, ranks=ALONE,
+    **recipe,
+):  # fmt: skip
     settings = {
         "steps": STEPS, "batch_size": 4, "warmup": WARMUP / STEPS, "observe": OBSERVE / STEPS,
         "student_lr": 1e-3, "schedule": "cosine", **recipe,
@@ -47,6 +51,7 @@ def make(method="gdfq", hooks=(), teacher=None, *, seed=0, precision="fp32", con
         hooks=HOOKS[hooks]() if isinstance(hooks, str) else hooks,
         seed=seed,
         precision=precision,
+        ranks=ranks,
     )
 
 
