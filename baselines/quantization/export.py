@@ -13,7 +13,6 @@ import logging
 import math
 import operator
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor, fx, nn
 from baselines.errors import ExportError
 from baselines.quantization import checkpoint
 from baselines.quantization.batch_norms import NormalisedConv
-from baselines.quantization.graph import TRANSPOSED, argument, bypass, called, cleaned
+from baselines.quantization.graph import TRANSPOSED, bypass, called, cleaned
 from baselines.quantization.placement import (
     is_average,
     is_quantizer,
@@ -51,7 +50,7 @@ _JOINING = (
     operator.add, operator.sub, operator.mul, operator.truediv,
 )  # fmt: skip
 _JOINING_METHODS = ("add", "sub", "mul", "div")
-_INSTALL = 'pip install "onnx>=1.18" "onnxscript>=0.5" "onnxruntime>=1.24"'
+_INSTALL = "pip install -e '.[export]'"
 
 
 class Grid(nn.Module):
@@ -429,7 +428,9 @@ def export_onnx(
     checkpoint.write(path, data)
     rows = _rows(model, network)
     layers = {id(m): m for m in map(lambda n: weighted_layer(network, n), weighted_nodes(network))}
-    size = sum(m.weight.numel() + (0 if m.bias is None else m.bias.numel()) for m in layers.values())
+    size = sum(
+        m.weight.numel() + (0 if m.bias is None else m.bias.numel()) for m in layers.values()
+    )
     return Exported(path, len(data), 4 * size, rows)
 
 
@@ -448,7 +449,9 @@ def _proto(network: nn.Module, image_shape: tuple[int, int, int] | None = None) 
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ExportError(f"an ONNX file needs {error.name}, which is missing: {_INSTALL}") from error
+        raise ExportError(
+            f"an ONNX file needs {error.name}, which is missing: {_INSTALL}"
+        ) from error
     shape = image_shape or network.meta["image_shape"]
     levels = {n: logging.getLogger(n).level for n in ("torch.onnx", "onnxscript", "onnx_ir")}
     try:
@@ -564,7 +567,12 @@ def _strip(proto: Any) -> None:
     kept = {value.name for value in (*graph.input, *graph.output, *graph.initializer)} | {""}
     names: dict[str, str] = {}
     del graph.value_info[:], graph.metadata_props[:], proto.metadata_props[:]
-    graph.name, proto.producer_name, proto.producer_version, graph.doc_string = "student", "", "", ""
+    graph.name, proto.producer_name, proto.producer_version, graph.doc_string = (
+        "student",
+        "",
+        "",
+        "",
+    )
     for tensor in graph.initializer:
         tensor.doc_string = ""
         del tensor.metadata_props[:]
@@ -583,7 +591,9 @@ def _rows(model: fx.GraphModule, network: fx.GraphModule) -> list[tuple[str, str
     before, rows = _before_layers(network), []
     bits = {
         str(n.target): next(
-            m.bit_width for m in weighted_layer(model, n).modules() if isinstance(m, WeightQuantizer)
+            m.bit_width
+            for m in weighted_layer(model, n).modules()
+            if isinstance(m, WeightQuantizer)
         )
         for n in weighted_nodes(model)
     }
@@ -596,5 +606,7 @@ def _rows(model: fx.GraphModule, network: fx.GraphModule) -> list[tuple[str, str
             why = f"it reads {maker(network, node.all_input_nodes[0]).name!r} in floating point"
         elif node in before and not _has_grid(network, node):
             why = "what it gives stays in floating point; export with images"
-        rows.append((str(node.target), str(bits[str(node.target)]), "float" if why else "integer", why))
+        rows.append(
+            (str(node.target), str(bits[str(node.target)]), "float" if why else "integer", why)
+        )
     return rows
