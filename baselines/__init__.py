@@ -2,6 +2,7 @@
 
 from baselines.errors import BaselineError
 from baselines.quantization.checkpoint import load_quantized, save_quantized
+from baselines.quantization.export import deployed, export_onnx
 from baselines.run import METHODS, RECIPES, Interrupted, Result, quantize
 
 __all__ = [
@@ -10,6 +11,8 @@ __all__ = [
     "BaselineError",
     "Interrupted",
     "Result",
+    "deployed",
+    "export_onnx",
     "load_quantized",
     "quantize",
     "save_quantized",

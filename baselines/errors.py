@@ -21,3 +21,7 @@ class NonFiniteLossError(BaselineError, ValueError):
 
 class CheckpointError(BaselineError, ValueError):
     """A checkpoint is missing, damaged, or of another network or run."""
+
+
+class ExportError(BaselineError, ValueError):
+    """A network cannot be written as integers, or something that does so is not installed."""

@@ -15,6 +15,7 @@ from baselines.errors import CheckpointError, ConfigError
 from baselines.methods import adadfq, gdfq, qimera
 from baselines.quantization import checkpoint
 from baselines.quantization.copying import image_channels
+from baselines.quantization.export import Exported, export_onnx
 from baselines.quantization.policy import BitPolicy, QuantizationConfig
 from baselines.quantization.quantizers import check_choice
 from baselines.training.parallel import ALONE, Ranks
@@ -60,6 +61,13 @@ class Result:
     def save(self, path: str | Path) -> None:
         """Write the quantized network; :func:`baselines.load_quantized` reads it."""
         checkpoint.save_quantized(self.model, path)
+
+    def export_onnx(self, path: str | Path, *, arithmetic: str = "integer") -> Exported:
+        """Write it as an ONNX file that runs in integers; what comes back prints as a table.
+
+        See :func:`baselines.export_onnx`, which is given this run's images.
+        """
+        return export_onnx(self.model, path, self.images, arithmetic=arithmetic)
 
 
 def quantize(

@@ -55,6 +55,7 @@ DIGITS_STEPS = 600
 RESULTS = (
     "accuracy_ptq", "accuracy_ptq_top5", "accuracy_last", "accuracy_last_top5", "accuracy_tuning",
     "accuracy_proof", "seconds", "steps_per_s", "checkpoint",
+    "onnx", "onnx_bytes", "onnx_times_smaller", "onnx_layers", "onnx_integer_layers",
 )  # fmt: skip
 
 
@@ -424,6 +425,7 @@ class Comparison:
         result.save(stem.with_suffix(".ckpt"))
         with replacing(stem.with_suffix(".npy")) as temporary, temporary.open("wb") as file:
             np.save(file, self.task.pixels(result.images))
+        exported = self._export(stem.with_suffix(".onnx"), result)
         judged = [record for record in result.history if "accuracy" in record] or [{}]
         row = cell | {
             **self.full_precision,
@@ -433,6 +435,7 @@ class Comparison:
             "seconds": result.seconds,
             "steps_per_s": result.steps_per_s,
             "checkpoint": f"{cell['name']}.ckpt",
+            **exported,
             "error": None,
             "precision": result.precision,
             "recipe": asdict(result.recipe),
@@ -443,6 +446,21 @@ class Comparison:
         for leftover in self.out.glob(f"{cell['name']}.run*"):
             leftover.unlink()
         return row
+
+    def _export(self, path: Path, result: Result) -> dict[str, Any]:
+        """Its file of integers, and the figures of that; without them the run is as good."""
+        try:
+            made = result.export_onnx(path)
+        except AgmError as error:
+            print(f"no {path.name}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+            return {name: None for name in RESULTS if name.startswith("onnx")}
+        return {
+            "onnx": path.name,
+            "onnx_bytes": made.bytes,
+            "onnx_times_smaller": made.float_bytes / made.bytes,
+            "onnx_layers": len(made.rows),
+            "onnx_integer_layers": made.integer_layers,
+        }
 
     def _report(self, rows: list[Cell]) -> None:
         """Table, picture, report.json."""

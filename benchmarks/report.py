@@ -17,7 +17,8 @@ ARM_NAMES = {"none": "baseline", "loss": "+loss", "interpolation": "+interpolati
 LEGEND = (
     "PTQ: straight after quantization. paired diff.: of the last step, on all evaluation images,\n"
     "to the baseline of the same seed. movement, similarity: of the generator's images, mean of\n"
-    "the run's last quarter; see agm.DiversityProbe."
+    "the run's last quarter; see agm.DiversityProbe. ONNX file: of the smallest cell, to float32\n"
+    "weights; fewer bits make it smaller, not faster. in integers: the layers that can."
 )
 PROBE = {"feature_movement": "feature movement", "batch_similarity": "batch similarity"}
 
@@ -98,7 +99,7 @@ def table(cells: Sequence[Cell]) -> str:
         heads = [head + which for head in heads for which in ("", ", top-5")]
     head = [
         "method", "bits", "arm", *heads, "paired diff. [95 % interval]",
-        "seconds", "steps/s", "movement", "similarity",
+        "seconds", "steps/s", "movement", "similarity", "ONNX file", "in integers",
     ]  # fmt: skip
     rows = [head]
     failures = []
@@ -117,6 +118,7 @@ def table(cells: Sequence[Cell]) -> str:
                 mean_std([c["seconds"] for c in done]),
                 mean_std([c["steps_per_s"] for c in done]),
                 *(mean_std([last_probe(c, key) for c in done]) for key in PROBE),
+                *_file_text(done),
             ])  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = [
@@ -124,6 +126,16 @@ def table(cells: Sequence[Cell]) -> str:
     ]
     lines.insert(1, "  ".join("-" * w for w in widths))
     return "\n".join(lines + failures)
+
+
+def _file_text(cells: Sequence[Cell]) -> tuple[str, str]:
+    """Size of the smallest file, and how many of its layers run in integers."""
+    files = [c for c in cells if c.get("onnx_bytes")]
+    if not files:
+        return "n/a", "n/a"
+    c = min(files, key=lambda c: c["onnx_bytes"])
+    size = f"{c['onnx_bytes'] / 1000:.0f} kB ({c['onnx_times_smaller']:.1f}x smaller)"
+    return size, f"{c['onnx_integer_layers']} of {c['onnx_layers']} layers"
 
 
 def _accuracy_text(runs: Sequence[Cell], key: str) -> str:

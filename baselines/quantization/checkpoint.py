@@ -28,28 +28,33 @@ DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 def save(path: str | Path, state: dict[str, Any], *, keep_previous: bool = False) -> None:
-    """Write ``state`` to ``path``; a crash at any moment leaves the old file or the new one.
+    """Write ``state`` to ``path``, as :func:`write` does."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getbuffer()
+    digest = hashlib.sha256(payload).digest()
+    write(Path(path), MAGIC, digest, payload, keep_previous=keep_previous)
+
+
+def write(path: Path, *parts: bytes | memoryview, keep_previous: bool = False) -> None:
+    """Write a file; a crash at any moment leaves the old one or the new one.
 
     Where the system cannot push files or folders to the disk, a warning says so, and the file is
     written as well as it can be.
 
     Args:
+        parts: what it holds, one behind the other.
         keep_previous: keep the file that was there as ``<path>.previous``.
 
     Raises:
         CheckpointError: the disk is full or the folder not writable; says where the old file is.
     """
-    path = Path(path)
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    payload = buffer.getbuffer()
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     outcome = "the file that was there is intact" if path.exists() else "there was none before"
     try:
         with open(temporary, "wb") as file:
-            file.write(MAGIC)
-            file.write(hashlib.sha256(payload).digest())
-            file.write(payload)
+            for part in parts:
+                file.write(part)
             file.flush()
             sync(file)
         if keep_previous and path.exists():

@@ -68,14 +68,15 @@ def is_average(student: fx.GraphModule, node: fx.Node) -> bool:
 def maker(student: fx.GraphModule, value: fx.Node) -> fx.Node:
     """The node where the values of ``value`` come from, however rearranged."""
     node, found = value, value
-    while _is_transparent(student, node) and node.all_input_nodes:
+    while is_transparent(student, node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
         if node.meta.get("is_tensor", True):  # not the tuple of chunks, whose source may be one
             found = node
     return found
 
 
-def _is_transparent(student: fx.GraphModule, node: fx.Node) -> bool:
+def is_transparent(student: fx.GraphModule, node: fx.Node) -> bool:
+    """A call that rearranges values, or leaves some out."""
     if node.op == "call_module":
         return isinstance(called(student, node), _TRANSPARENT)
     if node.op == "call_method":

@@ -1,0 +1,275 @@
+"""Files of integers: what is in them, what they compute, what is refused."""
+
+import builtins
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from agm import AgmError
+from baselines.errors import CheckpointError, ExportError
+from baselines.quantization.export import (
+    bit_planes,
+    deployed,
+    export_onnx,
+)
+from baselines.quantization.placement import weighted_layer, weighted_nodes
+from baselines.quantization.policy import QuantizationConfig
+from baselines.quantization.quantizers import WeightQuantizer, integer_range, observing
+from baselines.quantization.student import build_student
+from baselines.quantization.tracing import traced
+from tests.baselines import Tiny, bits, fill, images
+from tests.baselines.strategies import bit_widths, schemes
+from tests.strategies import rng, seeds
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+ort = pytest.importorskip("onnxruntime")
+
+
+def student_of(net, x, **config):
+    config = {"activations": "inputs", "fold_batch_norm": True} | config
+    student = build_student(traced(net, tuple(x.shape[1:])), QuantizationConfig(**config))
+    with torch.no_grad(), observing(student):
+        student(x)
+    return student.requires_grad_(False)
+
+
+def session(path, *, optimized=None):
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_DISABLE_ALL
+    if optimized is not None:
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL
+        options.optimized_model_filepath = str(optimized)
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run(path, x, **how):
+    return torch.from_numpy(session(path, **how).run(None, {"images": x.numpy()})[0])
+
+
+def kinds(path):
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+def agreement(a, b):
+    return float((a.argmax(1) == b.argmax(1)).float().mean())
+
+
+class Every(nn.Module):
+    """ReLU6, a transposed and a grouped convolution, a concatenation, a padded shortcut."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv0 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn0 = nn.BatchNorm2d(8)
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 5, 1)
+        self.up = nn.ConvTranspose2d(13, 6, 2, stride=2)
+        self.fc = nn.Linear(6, 10)
+        fill(self, 0)
+
+    def forward(self, x):
+        x = nn.functional.relu6(self.bn0(self.conv0(x)))
+        y = nn.functional.relu6(self.bn1(self.conv1(x)))
+        y = torch.cat([nn.functional.max_pool2d(x + y, 2), self.conv2(y[:, :, ::2, ::2])], 1)
+        return self.fc(nn.functional.relu(self.up(y)).mean((2, 3)))
+
+
+@given(bit_widths, st.integers(1, 70), seeds)
+@settings(max_examples=50)
+def test_bit_planes_hold_every_level(b, n, seed):
+    levels = torch.randint(2**b, (n,), generator=rng(seed))
+    planes = bit_planes(levels, b)
+    assert planes.dtype == torch.uint8
+    assert planes.shape == (b, -(-n // 8), 1)
+    rows = np.unpackbits(planes.numpy()[..., 0], axis=1, bitorder="little")[:, :n].astype(int)
+    assert (rows * 2 ** np.arange(b)[:, None]).sum(0).tolist() == levels.tolist()
+
+
+@given(bit_widths, schemes, st.booleans(), seeds)
+@settings(max_examples=40)
+def test_the_integers_are_the_students(b, scheme, fold, seed):
+    """Times a factor; a BatchNorm's gains, also negative and zero ones, go into the steps."""
+    net = fill(Tiny(seed), seed)
+    with torch.no_grad():
+        net.bn0.weight[0] = 0
+        net.bn0.weight[1] *= -1
+        net.bn1.weight[2] = -1e-9
+    student = student_of(net, images(), weight_bits=b, scheme=scheme, fold_batch_norm=fold)
+    network = deployed(student)
+    for node in weighted_nodes(student):
+        layer = weighted_layer(student, node)
+        latent = layer.parametrizations.weight.original
+        (quantizer,) = (m for m in layer.modules() if isinstance(m, WeightQuantizer))
+        scale, zero_point = quantizer.scale_and_zero_point(latent)
+        qmin, qmax = integer_range(b, scheme, signed=True)
+        q = ((latent.double() / scale).round() + zero_point).clamp(qmin, qmax)
+        stored = weighted_layer(network, node) or network.get_submodule(str(node.target))
+        whole = stored.parametrizations.weight.original
+        weight = stored.parametrizations.weight[0]
+        assert whole.dtype == torch.int8
+        if weight.levels is None:  # 8 bits, rounded once more where they do not fit
+            assert b == 8
+            spare = (q - zero_point).abs().amax((*range(1, q.ndim),), keepdim=True) > 127
+            plain = whole.flatten(1).abs().sum(1) > 0
+            keep = plain & ~spare.flatten()
+            assert torch.equal(whole[keep].abs().double(), (q - zero_point)[keep].abs())
+            continue
+        assert torch.equal(weight.levels.double(), q - qmin)
+        assert torch.equal(weight.zero_points, zero_point - qmin)
+        assert torch.equal((weight.levels - weight.zero_points) * weight.factor, whole.float())
+    x = images(16, seed=1)
+    if b < 8 or scheme == "symmetric":
+        want = student(x)
+        assert (network(x) - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+@pytest.mark.parametrize("activations", ["inputs", "relu"])
+@pytest.mark.parametrize("net", [Tiny(classes=10), Every()], ids=["residual", "every"])
+def test_without_new_grids_it_is_the_student(net, activations, tmp_path):
+    x = images(64, seed=1)
+    student = student_of(net, images(64), activations=activations)
+    before = bits(student)
+    want = student(x)
+    assert (deployed(student)(x) - want).abs().max() <= 1e-4 * want.abs().max()
+    exported = export_onnx(student, tmp_path / "f.onnx", arithmetic="float")
+    assert exported.integer_layers == 0
+    got = run(tmp_path / "f.onnx", x, optimized=tmp_path / "o.onnx")
+    # Rounded elsewhere where a value lies between two steps, by the order of a sum.
+    assert agreement(got, want) >= 0.95
+    assert (got - want).abs().median() <= 1e-4 * want.abs().max()
+    assert "DequantizeLinear" not in kinds(tmp_path / "f.onnx")
+    assert bits(student) == before
+
+
+@pytest.mark.parametrize("config", [{"weight_bits": 2, "act_bits": 4}, {"scheme": "symmetric"},
+                                    {"weight_bits": 8, "act_bits": 8}, {"activations": "relu"},
+                                    {"fold_batch_norm": False, "weight_bits": 5}],
+                         ids=str)  # fmt: skip
+def test_the_file_computes_what_deployed_does(config, tmp_path):
+    x = images(64, seed=1)
+    student = student_of(Every(), images(64), **config)
+    path = tmp_path / "network.onnx"
+    exported = export_onnx(student, path, images(64))
+    reference = deployed(student, images(64))(x)
+    spread = reference.std(0).max()
+    plain, fast = run(path, x), run(path, x, optimized=tmp_path / "fast.onnx")
+    assert (plain - reference).abs().median() <= 1e-3 * spread
+    assert (fast - reference).abs().median() <= 0.1 * spread
+    assert (plain[:1] - run(path, x[:1])).abs().max() < 1e-5 * spread  # any batch size
+    # The transposed convolution has no integer kernel.
+    assert kinds(tmp_path / "fast.onnx").count("QLinearConv") == 3
+    assert [row[0] for row in exported.rows if row[2] == "float"] == ["up"]
+    assert exported.bytes == path.stat().st_size
+    assert f"{exported.bytes} bytes" in str(exported)
+    assert "up" in str(exported)
+
+
+def test_every_layer_of_a_residual_network_runs_in_integers(tmp_path):
+    student = student_of(Tiny(), images(64))
+    assert export_onnx(student, tmp_path / "a.onnx", images(64)).integer_layers == 3
+    session(tmp_path / "a.onnx", optimized=tmp_path / "fast.onnx")
+    assert kinds(tmp_path / "fast.onnx").count("QLinearConv") == 2
+    without = export_onnx(student, tmp_path / "b.onnx")
+    assert [row[0] for row in without.rows if row[2] == "float"] == ["conv1"]
+    assert all("floating point" in row[3] for row in without.rows if row[2] == "float")
+
+
+def test_payload_on_disk(tmp_path):
+    """A weight takes its bits."""
+    sizes = {}
+    for b in (2, 3, 4):
+        student = student_of(Tiny(width=64), images(8), weight_bits=b)
+        sizes[b] = export_onnx(student, tmp_path / f"{b}.onnx").bytes
+    numel = 64 * 3 * 9 + 64 * 64 * 9 + 4 * 64
+    assert abs(sizes[3] - sizes[2] - numel / 8) < 100
+    assert abs(sizes[4] - sizes[3] - numel / 8) < 100
+
+
+def test_a_trap_of_biases(tmp_path):
+    """A runtime rounds biases to steps of the products; a dead channel is its bias alone."""
+    net = Tiny()
+    with torch.no_grad():
+        net.conv1.weight[0] = 0
+        net.conv1.weight[1] *= 1e-12
+        net.bn1.bias += 0.3
+    x = images(64, seed=1)
+    student = student_of(net, images(64), weight_bits=2, act_bits=8)
+    export_onnx(student, tmp_path / "a.onnx", images(64))
+    want = deployed(student, images(64))(x)
+    got = run(tmp_path / "a.onnx", x, optimized=tmp_path / "fast.onnx")
+    assert (got - want).abs().mean() <= 0.02 * want.std(0).max()
+
+
+def test_openvino_computes_it_too(tmp_path):
+    openvino = pytest.importorskip("openvino")
+    x = images(64, seed=1)
+    student = student_of(Every(), images(64))
+    export_onnx(student, tmp_path / "a.onnx", images(64))
+    compiled = openvino.Core().compile_model(str(tmp_path / "a.onnx"), "CPU")
+    got, want = torch.from_numpy(compiled(x.numpy())[0]), deployed(student, images(64))(x)
+    assert (got - want).abs().median() <= 0.1 * want.std(0).max()
+
+
+# What is refused
+
+
+def test_bad_input(tmp_path, monkeypatch):
+    student, path = student_of(Tiny(), images()), tmp_path / "a.onnx"
+    for call, said in (
+        (lambda: export_onnx(Tiny(), path), "quantized network"),
+        (lambda: export_onnx(student, tmp_path / "no" / "a.onnx"), "folder"),
+        (lambda: export_onnx(student, path, images(size=12)), "(8, 3, 12, 12)"),
+        (lambda: export_onnx(student, path, images() / 0), "finite"),
+        (lambda: export_onnx(student, path, arithmetic="int"), "'int'"),
+        (lambda: export_onnx(build_student(traced(Tiny(), (3, 8, 8)), QuantizationConfig()), path),
+         "never observed"),
+    ):  # fmt: skip
+        with pytest.raises(AgmError) as caught:
+            call()
+        assert said in str(caught.value)
+    imported = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("onnxscript"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return imported(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ExportError, match=r"onnxscript.*pip install"):
+        export_onnx(student, path)
+    monkeypatch.undo()
+    monkeypatch.delattr(torch.onnx, "ops")
+    with pytest.raises(ExportError, match=r"torch >= 2\.8"):
+        export_onnx(student, path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", ["scale", "weight"])
+def test_a_step_that_is_nan(where):
+    student = student_of(Tiny(), images())
+    if where == "scale":
+        next(m for n, m in student.named_modules() if n.endswith("quantizer")).scale.fill_(
+            torch.nan
+        )
+    else:
+        student.get_submodule("conv1").parametrizations.weight.original.fill_(torch.nan)
+    with pytest.raises(ExportError, match="diverged"):
+        deployed(student)
+
+
+def test_a_full_disk_leaves_nothing(small_disk):
+    path = small_disk / "network.onnx"
+    path.write_bytes(b"before")
+    (small_disk / "filler").write_bytes(bytes(2**20 - 2**13))
+    with pytest.raises(CheckpointError, match="intact"):
+        export_onnx(student_of(Tiny(width=64), images()), path)
+    assert path.read_bytes() == b"before"
+    assert sorted(p.name for p in small_disk.iterdir()) == ["filler", "network.onnx"]
