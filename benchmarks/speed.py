@@ -1,6 +1,7 @@
 """Where a step's time goes, and what the add-on costs.
 
     python benchmarks/speed.py --baseline gdfq --batch-size 200
+    python benchmarks/speed.py --deployed --bits 4     # the exported file against float32
 
 All variants are measured in one run, two steps of each in turn, so that only ratios count; printed
 is the median over the rounds and, after +-, half the distance between the quartiles. "plain" is
@@ -13,8 +14,10 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,8 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from agm import AGM, AgmError, frozen_parameters
 from baselines import METHODS, RECIPES
 from baselines.quantization.copying import image_channels
+from baselines.quantization.export import export_onnx, float_onnx
 from baselines.quantization.policy import QuantizationConfig
 from baselines.quantization.quantizers import observing
+from baselines.quantization.student import build_student
+from baselines.quantization.tracing import traced
 from baselines.training.bn_stats import batch_norm_statistics
 from baselines.training.trainer import Trainer
 from benchmarks import report
@@ -49,6 +55,14 @@ ARMS = {
 TURNS = 2
 
 
+def make_teacher(args: argparse.Namespace) -> tuple[nn.Module, int]:
+    """The network, the same random one each time without weights, and its images' channels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        teacher = teachers.build(args.model, num_classes=args.num_classes, weights=args.weights)
+    return teacher, image_channels(teacher, args.image_size) or 3
+
+
 def make(args: argparse.Namespace, method: str, arm: str, *, plain: bool) -> Trainer:
     """A trainer past its warm-up."""
     losses, recipe = getattr(METHODS[method], args.recipe)(args.image_size)
@@ -60,10 +74,7 @@ def make(args: argparse.Namespace, method: str, arm: str, *, plain: bool) -> Tra
         args.bits, args.bits, activations=recipe.activations, ste=recipe.ste,
         range_estimator=recipe.range_estimator, fold_batch_norm=recipe.fold_batch_norm,
     )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        teacher = teachers.build(args.model, num_classes=args.num_classes, weights=args.weights)
-    channels = image_channels(teacher, args.image_size) or 3
+    teacher, channels = make_teacher(args)
     with plain_formulas() if plain else contextlib.nullcontext():
         trainer = (PlainTrainer if plain else Trainer)(
             teacher,
@@ -274,6 +285,63 @@ def profile(args: argparse.Namespace, method: str) -> dict[str, Any]:
     return {"batch_size": batch, "precision": precision, "gemm_flops": rate, "figures": rows}
 
 
+def deployed_times(args: argparse.Namespace) -> dict[str, Any]:
+    """Float32 file against integer file, in every runtime that is installed, printed on the way.
+
+    The student is not trained, which changes neither its layers nor its bits.
+    """
+    teacher, channels = make_teacher(args)
+    shape = (channels, args.image_size, args.image_size)
+    network = traced(teacher, shape)
+    config = QuantizationConfig(args.bits, args.bits, "inputs", fold_batch_norm=True)
+    student = build_student(network, config)
+    images = torch.randn(64, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), observing(student):
+        student(images)
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        whole, integer = Path(folder, "float32.onnx"), Path(folder, "integer.onnx")
+        whole.write_bytes(float_onnx(teacher, shape))
+        made = export_onnx(student, integer, images)
+        print(f"\n{args.model}, W{args.bits}A{args.bits}, one thread")
+        print(str(made).splitlines()[-1].removeprefix(f"{integer}: "))
+        for runtime, load in RUNTIMES.items():
+            for batch in (1, 16):
+                x = images[:batch].numpy()
+                try:
+                    runs = {path.stem: partial(load(path), x) for path in (whole, integer)}
+                except ImportError:
+                    print(f"  {runtime:12s} is not installed")
+                    break
+                seconds = measure(runs, args.rounds, "cpu")
+                medians = {name: statistics.median(values) for name, values in seconds.items()}
+                ratio = medians["integer"] / medians["float32"]
+                row = {"seconds": medians, "spread": {k: spread(v) for k, v in seconds.items()}}
+                figures[f"{runtime}, batch {batch}"] = row | {"over_float32": ratio}
+                times = (f"{name} {1e3 * t:7.2f} ms" for name, t in medians.items())
+                print(f"  {runtime:12s} batch {batch:2d}: {', '.join(times)}, {ratio:.2f} of it")
+    return {"bytes": made.bytes, "float_bytes": made.float_bytes, "figures": figures}
+
+
+def _onnxruntime(path: Path) -> Callable[[Any], Any]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda x: session.run(None, {"images": x})
+
+
+def _openvino(path: Path) -> Callable[[Any], Any]:
+    import openvino
+
+    hints = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    return openvino.Core().compile_model(str(path), "CPU", hints)
+
+
+RUNTIMES = {"ONNX Runtime": _onnxruntime, "OpenVINO": _openvino}
+
+
 def main() -> int:
     """Exit status 0, or 2 for a user's mistake."""
     parser = argparse.ArgumentParser(
@@ -291,6 +359,7 @@ def main() -> int:
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, help="JSON of all figures")
+    parser.add_argument("--deployed", action="store_true", help="time the exported files instead")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.argv = sys.argv[1:]
@@ -304,7 +373,10 @@ def main() -> int:
             raise UsageError(f"--out {str(args.out)!r} is in no folder; make the folder first")
         made = provenance(args.device)
         print(", ".join(f"{k} {v}" for part in made.values() for k, v in part.items()))
-        results = {method: profile(args, method) for method in args.baseline}
+        if args.deployed:
+            results = {"deployed": deployed_times(args)}
+        else:
+            results = {method: profile(args, method) for method in args.baseline}
     except AgmError as error:
         print(f"speed.py: error: {error}", file=sys.stderr)
         return 2

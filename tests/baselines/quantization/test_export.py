@@ -1,6 +1,7 @@
 """Files of integers: what is in them, what they compute, what is refused."""
 
 import builtins
+import warnings
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from baselines.quantization.policy import QuantizationConfig
 from baselines.quantization.quantizers import WeightQuantizer, integer_range, observing
 from baselines.quantization.student import build_student
 from baselines.quantization.tracing import traced
-from tests.baselines import Tiny, bits, fill, images
+from tests.baselines import Tiny, bits, fill, images, settle
 from tests.baselines.strategies import bit_widths, schemes
 from tests.strategies import rng, seeds
 
@@ -273,3 +274,32 @@ def test_a_full_disk_leaves_nothing(small_disk):
         export_onnx(student_of(Tiny(width=64), images()), path)
     assert path.read_bytes() == b"before"
     assert sorted(p.name for p in small_disk.iterdir()) == ["filler", "network.onnx"]
+
+
+# Layers that stay in floating point, of all; and how much smaller than float32 the file is.
+COUNTS = {
+    "torchvision:mobilenet_v2": (2, 6.0),
+    "torchvision:densenet121": (0.1, 1.0),
+    "torchvision:googlenet": (0.1, 1.0),
+    "torchvision:shufflenet_v2_x1_0": (0.1, 1.0),
+    "efficientnet_lite_pytorch": (2, 1.0),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", COUNTS)
+def test_convolutions_that_run_in_integers(name, tmp_path):
+    from tests.baselines.quantization.test_architectures import network
+
+    left, smaller = COUNTS[name]
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        net = settle(network(name), 64, shift=1.0)
+    x = images(16, 64)
+    exported = export_onnx(student_of(net, x, weight_bits=4, act_bits=4), tmp_path / "a.onnx", x)
+    session(tmp_path / "a.onnx", optimized=tmp_path / "fast.onnx")
+    found = kinds(tmp_path / "fast.onnx")
+    whole, of_floats = found.count("QLinearConv"), found.count("Conv")
+    assert of_floats <= (left if left >= 1 else left * (whole + of_floats))
+    assert exported.float_bytes >= smaller * exported.bytes
