@@ -13,6 +13,7 @@ from baselines.quantization.batch_norms import NormalisedConv
 from baselines.training import bn_stats, generators
 from baselines.training import trainer as loop
 from baselines.training.bn_stats import BatchNormStatistics
+from baselines.training.parallel import ALONE, Ranks
 from baselines.training.trainer import Remembered, Trainer
 
 
@@ -34,7 +35,7 @@ def plain_upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tens
     return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)
 
 
-def plain_bns(statistics: BatchNormStatistics) -> Tensor:
+def plain_bns(statistics: BatchNormStatistics, ranks: Ranks = ALONE) -> Tensor:
     """What its ``loss`` equals, as the formula reads."""
     trained = [moment for layer in statistics.layers for moment in layer.trained.chunk(2)]
     pairs = zip(statistics.batch, trained, strict=True)

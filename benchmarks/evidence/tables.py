@@ -183,9 +183,34 @@ def earlier(folder: Path) -> str:
     )
 
 
+def deployed_table(path: Path) -> str:
+    """What exported files lose against their students and weigh, a row a bit width, as Markdown."""
+    lines = [
+        "| ResNet-20, all images | student % | file % | file - student | n | kB | float32 kB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    cells = json.loads(path.read_text())["cells"]
+    for bits in sorted({tuple(cell["bits"]) for cell in cells}):
+        group = [cell for cell in cells if tuple(cell["bits"]) == bits]
+        student, file = (
+            {i: cell[f"accuracy_{of}"] for i, cell in enumerate(group)}
+            for of in ("student", "file")
+        )
+        difference = report.difference_text(report.paired_difference(student, file))
+        sizes = (max(c[key] for c in group) / 1000 for key in ("bytes", "float32_bytes"))
+        means = [report.mean_std(list(v.values())) for v in (student, file)]
+        text, _, n = difference.rpartition(", n=")
+        title = f"W{bits[0]}A{bits[1]}"
+        lines.append(
+            "| " + " | ".join([title, *means, text, n, *(f"{s:.0f}" for s in sizes)]) + " |"
+        )
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     """Every table of README by the name of its marker."""
     return {
+        "deployed": deployed_table(RESULTS / "deployed.json"),
         "proof": proof_table(proof_rows(RESULTS / "proof")) + earlier(RESULTS / "proof"),
         "speed": speed_table([RESULTS / "speed-batch200.json", RESULTS / "speed-batch16.json"]),
     }

@@ -91,3 +91,17 @@ def test_mistakes(monkeypatch, capsys):
     assert main(monkeypatch, "--model", "resnet21") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("speed.py: error: unknown model 'resnet21'")
+
+
+def test_deployed_files(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    out = tmp_path / "speed.json"
+    argv = ("--deployed", "--bits", "4", "--image-size", "16", "--rounds", "2", "--out", str(out))
+    assert main(monkeypatch, *argv) == 0
+    assert "20 of 20 layers run in integers" in capsys.readouterr().out
+    figures = json.loads(out.read_text())["methods"]["deployed"]["figures"]
+    assert {"ONNX Runtime, batch 1", "ONNX Runtime, batch 16"} <= set(figures)
+    for figure in figures.values():
+        assert figure["seconds"].keys() == {"float32", "integer"}
+        assert figure["over_float32"] > 0
