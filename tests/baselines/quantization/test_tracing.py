@@ -444,25 +444,6 @@ def test_another_thread_may_train_meanwhile():
     assert wrong == []
 
 
-def test_two_runs_in_threads_are_as_one_after_the_other():
-    def run(seed):
-        return quantize(
-            Tiny(), steps=8, batch_size=4, image_size=8, seed=seed, hooks=[AGM(seed=seed)],
-            precision="fp32",
-        ).model.state_dict()  # fmt: skip
-
-    want, got = [run(seed) for seed in (0, 1)], {}
-    threads = [
-        threading.Thread(target=lambda seed=seed: got.update({seed: run(seed)})) for seed in (0, 1)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for seed in (0, 1):
-        assert all(torch.equal(v, got[seed][k]) for k, v in want[seed].items())
-
-
 def test_channels_of_the_images():
     assert image_channels(Tiny(channels=1), 8) == 1
     assert image_channels(Tiny(channels=5), 8) == 5
