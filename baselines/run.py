@@ -20,7 +20,7 @@ from baselines.quantization.policy import BitPolicy, QuantizationConfig
 from baselines.quantization.quantizers import check_choice
 from baselines.training.parallel import ALONE, Ranks
 from baselines.training.recipe import Recipe
-from baselines.training.trainer import Trainer
+from baselines.training.trainer import GLOBAL_RNG, Trainer
 
 METHODS = {"gdfq": gdfq, "qimera": qimera, "adadfq": adadfq}
 RECIPES = ("quick", "paper")
@@ -281,7 +281,9 @@ class _Run:
         self.seconds += time.perf_counter() - start
         step = self.trainer.step_count
         if step in self.record_at:
-            self.history.append(row | self.probe())
+            with GLOBAL_RNG:
+                figures = self.probe()
+            self.history.append(row | figures)
         if self.evaluate is not None and step in self.evaluate_at:
             if not self.history or self.history[-1]["step"] != step:
                 self.history.append({"step": step})

@@ -49,8 +49,8 @@ from baselines.training.input_range import InRange, input_range
 from baselines.training.parallel import ALONE, Ranks, running_statistics
 from baselines.training.recipe import Recipe
 
-# Layers draw their first weights from the global generator, which all threads share.
-_SEEDING = threading.Lock()
+# Held while the global random generator, which all threads share, is seeded or put back.
+GLOBAL_RNG = threading.Lock()
 
 
 class Method(Protocol):
@@ -148,7 +148,7 @@ class Trainer:
             )
         check_batch(recipe.batch_size, image_shape)
         # Seeds the CPU's generator alone: torch.manual_seed would reach every GPU's.
-        with _SEEDING, torch.random.fork_rng(devices=[]):
+        with GLOBAL_RNG, torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             generator = method.make_generator(self.teacher, self.num_classes, image_shape)
         if mean.any() or (std != 1).any():

@@ -534,7 +534,7 @@ def test_a_teacher_made_in_inference_mode(tmp_path):
 
 
 def test_runs_in_threads_are_those_of_one_after_the_other():
-    settings = [{"method": m, "seed": s} for m in METHODS for s in range(2)]
+    settings = [{"method": m, "seed": s, "records": STEPS} for m in METHODS for s in range(2)]
     want = [run(hooks=[AGM()], **s) for s in settings]
     # As the main thread has it: another number of threads inside sums in another order.
     one = {"initializer": torch.set_num_threads, "initargs": (1,)}
