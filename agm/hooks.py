@@ -142,9 +142,9 @@ class AGM:
         alternate: take turns (default); False for both in every call.
         seed: of the interpolation's own random generator.
 
-    Under DistributedDataParallel each rank has an AGM of the same seed for its part of the batch.
-    Pass ``student=student.module``, as the wrapper awaits gradients that the generator's turn does
-    not give, and let the ranks average what they measured, once a step::
+    Under DistributedDataParallel each rank has an AGM of the same seed for its part of the batch,
+    with ``student=student.module`` (the generator's turn has no use for the wrapper), and the ranks
+    average what they measured, once a step::
 
         state = agm.state_dict()
         for average in state["running"].values():

@@ -75,8 +75,9 @@ def shared(cells: Sequence[Cell], folder: Path, stop: Callable[[], bool]) -> Ite
     """
     waiting = deque(cells)
     while waiting and not stop():
-        for _ in range(len(waiting)):
-            cell = waiting.popleft()
+        for cell in [waiting.popleft() for _ in range(len(waiting))]:
+            if stop():
+                return
             try:
                 with claimed(folder, cell, blocking=False):
                     yield cell
