@@ -1,9 +1,10 @@
 """What made a figure."""
 
+import contextlib
 import os
 import platform
 import subprocess
-import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torchvision
 
 def provenance(device: str) -> dict[str, Any]:
     """``versions``, with the commit of this program, and ``machine``, as a report states them."""
-    used = (torch, torchvision, np, sys.modules.get("timm"))
-    packages = {m.__name__: m.__version__ for m in used if m is not None}
+    packages = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
+    with contextlib.suppress(metadata.PackageNotFoundError):  # whether or not it was imported yet
+        packages["timm"] = metadata.version("timm")
     return {
         "versions": {"python": platform.python_version(), "commit": _commit()} | packages,
         "machine": {

@@ -113,7 +113,22 @@ def test_table():
     for part in ("+AGM", "94.00 ± 1.73", "+2.00 [-0.48, +4.48], n=3", "11.00 ± 1.00"):
         assert part in agm
     assert "4.00 ± 0.00" in agm  # steps/s
-    assert agm.split()[-6:] == ["0.25", "±", "0.00", "0.40", "±", "0.00"]  # movement, similarity
+    values = column(head, agm, "movement"), column(head, agm, "similarity")
+    assert values == ("0.25 ± 0.00", "0.40 ± 0.00")
+    assert column(head, agm, "ONNX file") == column(head, agm, "in integers") == "n/a"
+
+
+def column(head, row, name):
+    """What a row has under a heading."""
+    return re.split(r"  +", row)[re.split(r"  +", head).index(name) - len(re.split(r"  +", head))]
+
+
+def test_the_smallest_file_of_an_arm():
+    files = [cell(seed=s, onnx_bytes=b, onnx_times_smaller=1e6 / b, onnx_layers=8,
+                  onnx_integer_layers=7) for s, b in ((0, 20_000), (1, 16_000))]  # fmt: skip
+    head, (row,) = lines_of(files)
+    assert column(head, row, "ONNX file") == "16 kB (62.5x smaller)"
+    assert column(head, row, "in integers") == "7 of 8 layers"
 
 
 def test_top_5_beside_top_1_where_it_was_measured():
@@ -180,9 +195,10 @@ def test_table_of_failures_alone():
 def test_a_run_of_a_single_record_has_no_movement(missing):
     """NaN in the run itself, null when it is read back from its file."""
     one = cell(history=[{"step": 1, "batch_similarity": 0.5, "feature_movement": missing}])
-    _, (row,) = lines_of([one])
+    head, (row,) = lines_of([one])
     assert "nan" not in row.lower()
-    assert row.split()[-4:] == ["n/a", "0.50", "±", "n/a"]
+    values = column(head, row, "movement"), column(head, row, "similarity")
+    assert values == ("n/a", "0.50 ± n/a")
 
 
 # Figures of the history
