@@ -38,6 +38,7 @@ from agm import AGM, AgmError
 from baselines import METHODS, RECIPES, Interrupted, Result, quantize
 from baselines.quantization import checkpoint
 from baselines.quantization.checkpoint import fingerprint
+from baselines.quantization.export import lacking
 from baselines.quantization.policy import PLACEMENTS
 from baselines.run import make_trainer
 from baselines.training.parallel import ALONE, Ranks, connected
@@ -248,6 +249,8 @@ class Comparison:
             f"{self.precision} on {self.args.device}",
             flush=True,
         )
+        if why := lacking():
+            print(f"No ONNX files will be written: {why}", flush=True)
         for (weight_bits, act_bits), policy in self.policies.items():
             print(f"\nBit policy W{weight_bits}A{act_bits}\n{policy}\n", flush=True)
 
@@ -449,11 +452,14 @@ class Comparison:
 
     def _export(self, path: Path, result: Result) -> dict[str, Any]:
         """Its file of integers, and the figures of that; without them the run is as good."""
+        nothing = {name: None for name in RESULTS if name.startswith("onnx")}
+        if lacking():  # which was said once
+            return nothing
         try:
             made = result.export_onnx(path)
         except AgmError as error:
             print(f"no {path.name}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-            return {name: None for name in RESULTS if name.startswith("onnx")}
+            return nothing
         return {
             "onnx": path.name,
             "onnx_bytes": made.bytes,

@@ -38,6 +38,7 @@ from baselines.quantization.quantizers import observing
 from baselines.quantization.student import build_student
 from baselines.quantization.tracing import traced
 from baselines.training.bn_stats import batch_norm_statistics
+from baselines.training.parallel import bytes_per_step
 from baselines.training.trainer import Trainer
 from benchmarks import report
 from benchmarks.errors import UsageError
@@ -282,7 +283,22 @@ def profile(args: argparse.Namespace, method: str) -> dict[str, Any]:
         else:
             print(f"  {name:33s} {1e3 * median:8.2f} ms ± {1e3 * row['spread']:5.2f}")
         rows[name] = row
-    return {"batch_size": batch, "precision": precision, "gemm_flops": rate, "figures": rows}
+    sent = sent_per_step(trainers["none"])
+    needed = sent / (base / 2)
+    print(
+        f"  shared by two ranks (--parallel batch): {sent / 1e6:.1f} MB a step each way, which "
+        f"pays from {needed / 1e6:.0f} MB/s on, if half a batch takes half the time"
+    )
+    return {
+        "batch_size": batch, "precision": precision, "gemm_flops": rate, "figures": rows,
+        "bytes_per_step": sent, "pays_from_bytes_per_s": needed,
+    }  # fmt: skip
+
+
+def sent_per_step(trainer: Trainer) -> int:
+    """Bytes that each of two ranks sends in a step of a run that they share, and receives."""
+    channels = sum(len(layer.trained) // 2 for layer in trainer.layers)
+    return bytes_per_step(trainer.generator, trainer.student, channels)
 
 
 def deployed_times(args: argparse.Namespace) -> dict[str, Any]:

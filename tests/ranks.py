@@ -21,4 +21,5 @@ def _call(rank: int, size: int, place: Path, function: Callable[..., Any], args:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=size)
     torch.save(function(rank, size, *args), f"{place}.{rank}")
+    dist.barrier()  # a rank that leaves closes the others' connections
     dist.destroy_process_group()

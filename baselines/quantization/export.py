@@ -14,6 +14,7 @@ import math
 import operator
 import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -442,16 +443,17 @@ def float_onnx(network: nn.Module, image_shape: tuple[int, int, int]) -> bytes:
     return proto.SerializeToString()
 
 
-def _proto(network: nn.Module, image_shape: tuple[int, int, int] | None = None) -> Any:
+def lacking() -> str | None:
+    """Why no file can be written on this machine, in one line; None if one can."""
     if not hasattr(torch.onnx, "ops"):
-        raise ExportError(f"torch {torch.__version__} has no torch.onnx.ops; install torch >= 2.8")
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ExportError(
-            f"an ONNX file needs {error.name}, which is missing: {_INSTALL}"
-        ) from error
+        return f"torch {torch.__version__} has no torch.onnx.ops; install torch >= 2.8"
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    return f"an ONNX file needs {', '.join(missing)}: {_INSTALL}" if missing else None
+
+
+def _proto(network: nn.Module, image_shape: tuple[int, int, int] | None = None) -> Any:
+    if why := lacking():
+        raise ExportError(why)
     shape = image_shape or network.meta["image_shape"]
     levels = {n: logging.getLogger(n).level for n in ("torch.onnx", "onnxscript", "onnx_ir")}
     try:

@@ -4,7 +4,8 @@
 
 RUN are output folders of compare.py. Each finished cell's network is exported with its synthetic
 images and judged on all of --data: the student, the file (ONNX Runtime, all optimizations), and how
-often the file without them agrees with its reference in torch. Times are the median of interleaved
+often the file without them agrees with its reference in torch, and the file of
+``arithmetic="float"`` with the student. Times are the median of interleaved
 calls of one thread, batch 16, as a share of the float32 network's, also in ONNX Runtime.
 """
 
@@ -70,6 +71,9 @@ def judged(task: Task, folder: Path, row: dict[str, Any], batches: list[Tensor])
         fast = session(path, optimized=made)
         kinds = [node.op_type for node in onnx.load(made).graph.node]
         of = {"file": logits(fast, batches), "plain": logits(session(path), batches)}
+        floats = Path(place, "d.onnx")
+        export_onnx(model, floats, arithmetic="float")
+        of["float"] = logits(session(floats, optimized=made), batches)
         sizes = {"bytes": path.stat().st_size, "float32_bytes": whole.stat().st_size}
     with torch.no_grad():
         reference = deployed(model, images)
@@ -83,18 +87,23 @@ def judged(task: Task, folder: Path, row: dict[str, Any], batches: list[Tensor])
             run.run(None, x)
             times[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    hits = {name: int((v.argmax(1) == labels).sum()) for name, v in of.items()}
+    chosen = {name: v.argmax(1) for name, v in of.items()}
+    hits = {name: int((v == labels).sum()) for name, v in chosen.items()}
     accuracies = {name: round(100 * n / len(labels), 4) for name, n in hits.items()}
-    agrees = float((of["plain"].argmax(1) == of["deployed"].argmax(1)).float().mean())
     return {
         "name": row["name"], "bits": [row["weight_bits"], row["act_bits"]], "seed": row["seed"],
         **{f"accuracy_{name}": value for name, value in accuracies.items()},
-        "plain_agrees_with_deployed": 100 * agrees,
+        "plain_agrees_with_deployed": _agreement(chosen["plain"], chosen["deployed"]),
+        "float_agrees_with_student": _agreement(chosen["float"], chosen["student"]),
         **sizes,
         "qlinearconv": kinds.count("QLinearConv"), "conv_left": kinds.count("Conv"),
         "integer_layers": exported.integer_layers, "layers": len(exported.rows),
         "time_over_float32": medians["integer"] / medians["float32"],
     }  # fmt: skip
+
+
+def _agreement(a: Tensor, b: Tensor) -> float:
+    return 100 * float((a == b).float().mean())
 
 
 def main(argv: list[str]) -> int:

@@ -26,6 +26,7 @@ from agm import AGM, AgmError
 from baselines import METHODS, load_quantized
 from baselines.errors import NonFiniteLossError
 from baselines.quantization import checkpoint as checkpoints
+from baselines.quantization import export
 from baselines.quantization.checkpoint import fingerprint
 from baselines.training.trainer import resolve_precision
 from benchmarks import compare
@@ -300,6 +301,20 @@ def test_the_baseline_alone_and_one_seed(monkeypatch):
     # One command for going on, and for looking at the result again.
     spy(monkeypatch, never)
     assert row in ok(*BRIEF3, "--first-seed", 7, "--out", "run", "--resume")
+
+
+def test_without_onnx_one_line_says_so(monkeypatch):
+    find_spec = export.find_spec
+    monkeypatch.setattr(
+        export, "find_spec", lambda name: None if name.startswith("onnx") else find_spec(name)
+    )
+    options = ["--bits", 3, "--seeds", 2, "--steps", 8, "--jobs", 1, "--out", "a"]
+    status, out, err = call(*options)
+    assert status == 0, err
+    (line,) = (line for line in (out + err).splitlines() if "pip install" in line)
+    assert "onnx, onnxscript" in line
+    assert all(cell["onnx"] is None and cell["accuracy_last"] for cell in load("a")["cells"])
+    assert not list(Path("a").glob("*.onnx"))
 
 
 def test_all_methods_at_two_widths():

@@ -1,6 +1,5 @@
 """Files of integers: what is in them, what they compute, what is refused."""
 
-import builtins
 import warnings
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import nn
 
 from agm import AgmError
 from baselines.errors import CheckpointError, ExportError
+from baselines.quantization import export
 from baselines.quantization.export import (
     bit_planes,
     deployed,
@@ -236,14 +236,10 @@ def test_bad_input(tmp_path, monkeypatch):
         with pytest.raises(AgmError) as caught:
             call()
         assert said in str(caught.value)
-    imported = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("onnxscript"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        return imported(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    find_spec = export.find_spec
+    monkeypatch.setattr(
+        export, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name)
+    )
     with pytest.raises(ExportError, match=r"onnxscript.*pip install"):
         export_onnx(student, path)
     monkeypatch.undo()

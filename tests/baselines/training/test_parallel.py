@@ -31,8 +31,10 @@ def _with_ranks(rank: int, size: int, function: Callable[..., Any], *args: Any) 
     return function(Ranks(rank, size), *args)
 
 
-def trainer(ranks: Ranks, method: str, hooks: str, *, frozen: bool = False) -> Trainer:
-    made = make(method, hooks, ranks=ranks, batch_size=8, student_lr=1e-2)
+def trainer(
+    ranks: Ranks, method: str, hooks: str, *, frozen: bool = False, batch_size: int = 8
+) -> Trainer:
+    made = make(method, hooks, ranks=ranks, batch_size=batch_size, student_lr=1e-2)
     if frozen:
         for module in made.generator.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -45,7 +47,7 @@ def trainer(ranks: Ranks, method: str, hooks: str, *, frozen: bool = False) -> T
 
 def gradients(ranks: Ranks, method: str) -> list[list[torch.Tensor]]:
     """Of three steps before and three after the warm-up, BatchNorms in eval mode."""
-    made, found = trainer(ranks, method, "none", frozen=True), []
+    made, found = trainer(ranks, method, "none", frozen=True, batch_size=64), []
     for _ in range(6):
         made.step()
         networks = (made.generator, made.student)

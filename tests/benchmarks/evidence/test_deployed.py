@@ -25,6 +25,7 @@ def test_figures_of_a_run(tmp_path, capsys):
         )
         assert abs(cell["accuracy_file"] - cell["accuracy_student"]) < 3
         assert cell["plain_agrees_with_deployed"] >= 98
+        assert cell["float_agrees_with_student"] >= 99.9
         assert cell["bytes"] < cell["float32_bytes"]
         assert cell["conv_left"] == 0
         assert cell["integer_layers"] == cell["layers"]
