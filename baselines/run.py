@@ -230,11 +230,7 @@ def make_trainer(
     losses, base = getattr(METHODS[method], recipe)(image_size)
     changes = {"steps": steps, "batch_size": batch_size, "activations": activations}
     plan = replace(base, **{k: v for k, v in changes.items() if v is not None})
-    config = QuantizationConfig(
-        weight_bits=weight_bits, act_bits=act_bits, activations=plan.activations,
-        scheme=scheme, edge_bits=edge_bits, ste=plan.ste,
-        range_estimator=plan.range_estimator, fold_batch_norm=plan.fold_batch_norm,
-    )  # fmt: skip
+    config = plan.config(weight_bits, act_bits, scheme=scheme, edge_bits=edge_bits)
     if in_channels is None:
         in_channels = image_channels(teacher, image_size) or 3
     if not isinstance(in_channels, int) or in_channels < 1:

@@ -71,10 +71,7 @@ def make(args: argparse.Namespace, method: str, arm: str, *, plain: bool) -> Tra
         **vars(recipe) | {"batch_size": args.batch_size or recipe.batch_size}
         | ({"fold_batch_norm": False} if plain else {})
     )  # fmt: skip
-    config = QuantizationConfig(
-        args.bits, args.bits, activations=recipe.activations, ste=recipe.ste,
-        range_estimator=recipe.range_estimator, fold_batch_norm=recipe.fold_batch_norm,
-    )  # fmt: skip
+    config = recipe.config(args.bits, args.bits)
     teacher, channels = make_teacher(args)
     with plain_formulas() if plain else contextlib.nullcontext():
         trainer = (PlainTrainer if plain else Trainer)(

@@ -87,6 +87,7 @@ def paper(image_size: int) -> tuple[GDFQ, Recipe]:
         activations="relu",
         ste="identity",
         range_estimator="max",
+        learned_steps=False,
         fold_batch_norm=False,
     )
     return GDFQ(), recipe
@@ -106,6 +107,7 @@ def quick(image_size: int) -> tuple[GDFQ, Recipe]:
         activations="inputs",
         ste="clipped",
         range_estimator="mse",
+        learned_steps=True,
         fold_batch_norm=True,
     )
     method = GDFQ(width=64, bns_weight=50.0, ce_weight=0.0, temperature=4.0, over_classes=False)

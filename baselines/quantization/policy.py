@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
+from baselines.errors import ConfigError
 from baselines.quantization.graph import called
 from baselines.quantization.placement import is_quantizer, maker, weighted_layer, weighted_nodes
 from baselines.quantization.quantizers import (
@@ -30,6 +31,8 @@ class QuantizationConfig:
         scheme: ``"asymmetric"``, or ``"symmetric"``: all zero points are 0.
         ste: straight-through gradient of the activations, ``"identity"`` or ``"clipped"``.
         range_estimator: of the activations, ``"max"``, ``"percentile"`` or ``"mse"``.
+        learned_steps: train the activations' step sizes with the weights, from the observed ones on
+            (needs the clipped gradient).
         edge_bits: bits of the first and last layer's weights and of the last layer's input, and
             with ``"inputs"`` of the image and of averages. None (default): the weights as the
             others', with ``"inputs"`` 8 bits for these activations, with ``"relu"`` as the others'.
@@ -42,6 +45,7 @@ class QuantizationConfig:
     scheme: str = "asymmetric"
     ste: str = "identity"
     range_estimator: str = "max"
+    learned_steps: bool = False
     edge_bits: int | None = None
     fold_batch_norm: bool = False
 
@@ -54,6 +58,10 @@ class QuantizationConfig:
         check_choice("scheme", self.scheme, SCHEMES)
         check_choice("ste", self.ste, STES)
         check_choice("range_estimator", self.range_estimator, RANGE_ESTIMATORS)
+        if self.learned_steps and self.ste != "clipped":
+            raise ConfigError(
+                f"learned steps need the gradient of ste='clipped', got ste={self.ste!r}"
+            )
 
 
 @dataclass
@@ -92,7 +100,8 @@ def bit_policy(student: fx.GraphModule) -> BitPolicy:
     for node in student.graph.nodes:
         if is_quantizer(student, node):
             q = called(student, node)
-            how = f"per tensor, {_sign(q)}, {q.range_estimator} range, {q.ste} gradient"
+            steps = "" if q.log_gain is None else ", learned step"
+            how = f"per tensor, {_sign(q)}, {q.range_estimator} range{steps}, {q.ste} gradient"
             row = (node.all_input_nodes[0].name, "activation", str(q.bit_width), how)
             policy.rows.append(row)
         elif node in read:

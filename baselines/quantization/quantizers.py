@@ -55,23 +55,34 @@ class _FakeQuantize(torch.autograd.Function):
         clipped: bool,
         nonnegative: bool,
     ) -> Tensor:
-        if clipped:
-            low = None if nonnegative else (lower - 0.5) * scale
-            ctx.save_for_backward(x, low, (upper + 0.5) * scale)
         # Not in bfloat16, which rounds the quotients before they are rounded, and is slower.
         wide = torch.promote_types(x.dtype, torch.float32)
         steps = x.div(scale) if x.dtype == wide else x.to(wide).div_(scale)
-        return steps.round_().clamp_(lower, upper).mul_(scale).to(x.dtype)
+        quantized = steps.round_().clamp_(lower, upper).mul_(scale).to(x.dtype)
+        if clipped:
+            low = None if nonnegative else (lower - 0.5) * scale
+            learned = (scale, quantized) if ctx.needs_input_grad[1] else ()
+            ctx.save_for_backward(x, low, (upper + 0.5) * scale, *learned)
+        return quantized
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inside, grad_scale = grad, None
         if ctx.saved_tensors:
             # A mask by threshold_backward: vectorised on the CPU, where torch.where is 30x slower.
-            x, low, high = ctx.saved_tensors
+            x, low, high, *learned = ctx.saved_tensors
             if low is not None:
-                grad = torch.ops.aten.threshold_backward(grad, x - low.to(x), 0)
-            grad = torch.ops.aten.threshold_backward(grad, high.to(x) - x, 0)
-        return grad, None, None, None, None, None
+                inside = torch.ops.aten.threshold_backward(inside, x - low.to(x), 0)
+            inside = torch.ops.aten.threshold_backward(inside, high.to(x) - x, 0)
+            if learned:
+                scale, quantized = learned
+                grad_scale = (_inner(grad, quantized) - _inner(inside, x)) / scale
+        return inside, grad_scale, None, None, None, None
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of the products, in float32 at least."""
+    return (a * b).sum(dtype=torch.promote_types(a.dtype, torch.float32))
 
 
 def fake_quantize(
@@ -89,7 +100,9 @@ def fake_quantize(
     Args:
         x: any shape; ``scale`` and ``zero_point`` broadcast against it.
         ste: the gradient towards x. ``"identity"`` passes it all; ``"clipped"`` passes it where
-            x rounds into [qmin, qmax] and blocks it elsewhere.
+            x rounds into [qmin, qmax] and blocks it elsewhere, and reaches a scale of one number
+            too, with the zero point held: (quantized - x) / scale inside, quantized / scale outside
+            (Esser et al., "Learned Step Size Quantization", ICLR 2020).
         nonnegative: x and qmin - zero_point are known to be >= 0 and 0: nothing is below the range,
             and the clipped gradient is cheaper by half.
     """
@@ -203,9 +216,10 @@ class ActivationQuantizer(nn.Module):
     While observing, the ends of the range are bias-corrected averages (decay 0.9) of the
     estimator's values for each batch; afterwards they are frozen. Unsigned with zero point 0 where
     nothing below zero was seen; else asymmetric with a zero point, or, symmetric, signed without.
+    A learned step is the observed one times exp(log_gain), a parameter that starts at 0.
 
     Args:
-        bit_width, scheme, ste, range_estimator: see :class:`QuantizationConfig`.
+        bit_width, scheme, ste, range_estimator, learned_steps: see :class:`QuantizationConfig`.
         nonnegative: known beforehand of the activation, which makes the gradient cheaper.
     """
 
@@ -213,7 +227,7 @@ class ActivationQuantizer(nn.Module):
 
     def __init__(
         self, bit_width: int, *, scheme: str, ste: str, range_estimator: str,
-        nonnegative: bool = False,
+        learned_steps: bool = False, nonnegative: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.bit_width, self.scheme, self.ste = bit_width, scheme, ste
@@ -221,9 +235,17 @@ class ActivationQuantizer(nn.Module):
         self.enabled, self.observing = True, False
         self.register_buffer("averages", torch.zeros(2))  # of the lower and the upper end
         self.register_buffer("batches", torch.zeros(()))
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("observed_scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros(()))
+        self.log_gain = nn.Parameter(torch.zeros(())) if learned_steps else None
         self._known: tuple[Any, ...] = ()
+
+    @property
+    def scale(self) -> Tensor:
+        """The step size, > 0."""
+        if self.log_gain is None:
+            return self.observed_scale
+        return self.observed_scale * self.log_gain.exp()
 
     @property
     def signed(self) -> bool:
@@ -243,7 +265,7 @@ class ActivationQuantizer(nn.Module):
         scale, zero_point = scale_and_zero_point(
             low, high, self.bit_width, scheme, signed=self.signed
         )
-        self.scale.copy_(scale)
+        self.observed_scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 
     def bounds(self) -> tuple[int, int, int]:
@@ -266,7 +288,11 @@ class ActivationQuantizer(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"bit_width={self.bit_width}, ste={self.ste}, range_estimator={self.range_estimator}"
+        steps = "learned" if self.log_gain is not None else "frozen"
+        return (
+            f"bit_width={self.bit_width}, ste={self.ste}, range_estimator={self.range_estimator}, "
+            f"steps={steps}"
+        )
 
 
 Quantizer = WeightQuantizer | ActivationQuantizer

@@ -148,6 +148,7 @@ def _quantize_activation(
         scheme=config.scheme,
         ste=config.ste,
         range_estimator=config.range_estimator,
+        learned_steps=config.learned_steps,
         nonnegative=is_relu(student, node),
     )
     student.add_submodule(name, quantizer)

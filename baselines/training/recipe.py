@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from baselines.errors import ConfigError
+from baselines.quantization.policy import QuantizationConfig
 from baselines.quantization.quantizers import check_choice
 
 
@@ -23,7 +25,7 @@ class Recipe:
         student_lr, generator_lr: peak rates (the generator's optimizer is Adam, betas 0.5/0.999).
         schedule: ``"steps"``, x0.1 at each of ``milestones``; ``"cosine"`` to 0; ``"constant"``.
         milestones: shares of the steps (default: each quarter, as published for CIFAR).
-        activations, ste, range_estimator, fold_batch_norm: see
+        activations, ste, range_estimator, learned_steps, fold_batch_norm: see
             :class:`baselines.quantization.policy.QuantizationConfig`.
     """
 
@@ -38,6 +40,7 @@ class Recipe:
     activations: str
     ste: str
     range_estimator: str
+    learned_steps: bool
     fold_batch_norm: bool
     milestones: tuple[float, ...] = (0.25, 0.5, 0.75)
 
@@ -75,6 +78,14 @@ class Recipe:
             return 1.0
         trained = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return (1 + math.cos(math.pi * trained)) / 2
+
+    def config(self, weight_bits: int, act_bits: int, **given: Any) -> QuantizationConfig:
+        """The student's, with what else is given of it."""
+        return QuantizationConfig(
+            weight_bits, act_bits, activations=self.activations, ste=self.ste,
+            range_estimator=self.range_estimator, learned_steps=self.learned_steps,
+            fold_batch_norm=self.fold_batch_norm, **given,
+        )  # fmt: skip
 
     def optimizers(
         self, generator: nn.Module, student: nn.Module

@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from agm import AGM, AgmError, Hook
 from baselines import METHODS
-from baselines.quantization.policy import QuantizationConfig
 from baselines.training.trainer import Trainer
 from benchmarks import compare
 from benchmarks.errors import UsageError
@@ -105,10 +104,7 @@ def main(argv: list[str]) -> int:
         given = {name: value for name, value in lengths.items() if value is not None}
         recipe = replace(recipe, **given | changes["recipe"])
         losses = replace(losses, **changes["method"])
-        config = QuantizationConfig(
-            weight_bits, act_bits, activations=recipe.activations, ste=recipe.ste,
-            range_estimator=recipe.range_estimator, fold_batch_norm=recipe.fold_batch_norm,
-        )  # fmt: skip
+        config = recipe.config(weight_bits, act_bits)
         for seed in range(args.first_seed, args.first_seed + args.seeds):
             hooks: list[Hook] = [AGM(seed=seed, **changes["agm"])] if own.agm else []
             if own.ceiling:

@@ -1,5 +1,7 @@
 """Fake quantization: the grid, its gradients, observed ranges."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -120,6 +122,30 @@ def test_straight_through_gradient(grid, ste, seed):
     if ste == "clipped":
         want = torch.fake_quantize_per_channel_affine(x, scale, zero.int(), 0, qmin, qmax)
         assert torch.equal(got, *torch.autograd.grad(want, x, upstream))
+
+
+@given(grids(n=2), seeds)
+def test_gradient_of_a_step(grid, seed):
+    """As Esser et al. write it: the rounding error inside, the bound's level outside."""
+    x, _, scale, zero, (qmin, qmax) = grid
+    x, scale, zero = x[0].double(), scale[0].double().requires_grad_(), zero[0].double()
+    upstream = torch.randn(x.shape, generator=rng(seed)).double()
+    out = fake_quantize(x, scale, zero, qmin, qmax, ste="clipped")
+    (got,) = torch.autograd.grad(out, scale, upstream)
+    want = 0.0
+    for value, weight in zip(x.tolist(), upstream.tolist(), strict=True):
+        steps = value / scale.item()
+        assume(abs(steps - math.floor(steps) - 0.5) > 1e-6)
+        level = round(steps) + zero.item()
+        slope = (
+            round(steps) - steps
+            if qmin <= level <= qmax
+            else ((qmin if level < qmin else qmax) - zero.item())
+        )
+        want += weight * slope
+    assert got.item() == pytest.approx(want, rel=1e-6, abs=1e-6)
+    frozen = fake_quantize(x.requires_grad_(), scale.detach(), zero, qmin, qmax, ste="clipped")
+    assert torch.equal(frozen, out)
 
 
 @given(grids(n=2), STES, st.booleans())
@@ -262,9 +288,11 @@ def test_bfloat16_weights_stay_bfloat16(scheme):
 # Activations
 
 
-def quantizer(bits=3, estimator="max", ste="identity", scheme="asymmetric", nonnegative=True):
+def quantizer(
+    bits=3, estimator="max", ste="identity", scheme="asymmetric", nonnegative=True, **how
+):
     return ActivationQuantizer(
-        bits, scheme=scheme, ste=ste, range_estimator=estimator, nonnegative=nonnegative
+        bits, scheme=scheme, ste=ste, range_estimator=estimator, nonnegative=nonnegative, **how
     )
 
 
@@ -388,6 +416,26 @@ def test_the_mse_range_of_both_signs_is_no_worse_than_the_largest(seed, bits):
         (out,) = observe(quantizer(bits, estimator, nonnegative=False), x)
         errors[estimator] = float((out - x).square().mean())
     assert errors["mse"] <= errors["max"] * (1 + 1e-4)
+
+
+def test_a_learned_step_starts_where_it_was_observed_and_moves():
+    x = torch.randn(4000, generator=rng(0)).relu()
+    frozen, learned = quantizer(2), quantizer(2, ste="clipped", learned_steps=True)
+    observe(frozen, x)
+    observe(learned, x)
+    assert torch.equal(frozen(x), learned(x))
+    assert not list(frozen.parameters())
+    (gain,) = learned.parameters()
+    optimizer = torch.optim.Adam([gain], lr=1e-2)
+    for _ in range(50):
+        optimizer.zero_grad()
+        (learned(2 * x) - 2 * x).square().mean().backward()
+        optimizer.step()
+    assert (learned(2 * x) - 2 * x).square().mean() < (frozen(2 * x) - 2 * x).square().mean()
+    assert learned.scale == learned.observed_scale * gain.exp() != frozen.scale
+    other = quantizer(2, ste="clipped", learned_steps=True)
+    other.load_state_dict(learned.state_dict())
+    assert torch.equal(other(2 * x), learned(2 * x))
 
 
 def test_bounds_follow_the_state():
