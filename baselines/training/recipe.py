@@ -25,6 +25,10 @@ class Recipe:
         student_lr, generator_lr: peak rates (the generator's optimizer is Adam, betas 0.5/0.999).
         schedule: ``"steps"``, x0.1 at each of ``milestones``; ``"cosine"`` to 0; ``"constant"``.
         milestones: shares of the steps (default: each quarter, as published for CIFAR).
+        move: mirror half of the generated images and shift them all by up to an eighth, before
+            anything looks at them.
+        layer_weight: of the layers' distance in the student's loss,
+            see :mod:`baselines.training.layers`; 0 for none.
         activations, ste, range_estimator, learned_steps, fold_batch_norm: see
             :class:`baselines.quantization.policy.QuantizationConfig`.
     """
@@ -37,6 +41,8 @@ class Recipe:
     student_lr: float
     generator_lr: float
     schedule: str
+    move: bool
+    layer_weight: float
     activations: str
     ste: str
     range_estimator: str
@@ -57,6 +63,8 @@ class Recipe:
         for name in ("student_lr", "generator_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)!r}")
+        if not 0 <= self.layer_weight < math.inf:
+            raise ConfigError(f"layer_weight must be >= 0, got {self.layer_weight!r}")
         check_choice("schedule", self.schedule, ("steps", "cosine", "constant"))
         check_choice("student_optimizer", self.student_optimizer, ("sgd", "adam"))
 

@@ -2,7 +2,7 @@
 
     for step in range(recipe.steps):
         latents, labels = generator.sample()
-        images = generator(latents)
+        images = moved(generator(latents))                     # recipe.move: mirrored, shifted
         p = teacher(images)                                    # BNS is collected on the way
         terms = method.generator_terms(images, labels, p, bns, student)
         terms += hook.generator_loss(images, p, student)       # hook point 1, after the warm-up
@@ -14,6 +14,7 @@
             images, labels = hook.student_batch(images, labels)            # hook point 2
             p = teacher(images) if a hook changed them else p.detach()
             student learns from method.student_terms(student(images), p, labels)
+                and, recipe.layer_weight, from how far its layers are from the teacher's
 
 Teacher and student stay in eval mode, the generator in train mode. A student that was asked about
 the images in the generator's turn is not run on them again in its own.
@@ -23,6 +24,7 @@ import copy
 import platform
 import threading
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +48,8 @@ from baselines.quantization.student import build_student
 from baselines.quantization.tracing import traced
 from baselines.training.bn_stats import batch_norm_statistics, normalising_layers
 from baselines.training.input_range import InRange, input_range
+from baselines.training.layers import Layers
+from baselines.training.moved import draw_moves, moved
 from baselines.training.parallel import ALONE, Ranks, running_statistics
 from baselines.training.recipe import Recipe
 
@@ -140,6 +144,7 @@ class Trainer:
         reference.check(folded, "teacher's")
         self.teacher = self._place(folded.requires_grad_(False))
         self.layers = normalising_layers(self.teacher)
+        self.compared = Layers(self.teacher, self.student)
         self.num_classes = check_logits_shape(reference.logits)
         if self.num_classes == 1:
             raise UnsupportedLayerError(
@@ -160,6 +165,7 @@ class Trainer:
             self.generator, self.student
         )
         self.rng = torch.Generator(self.device).manual_seed(seed)
+        self.moves_rng = torch.Generator().manual_seed(seed)
         self.step_count = 0
         # While it is 1 the fused optimizers skip their updates, on the device.
         self.found_inf = torch.zeros((), device=self.device)
@@ -192,8 +198,12 @@ class Trainer:
         self.student_optimizer.param_groups[0]["lr"] = self.recipe.student_lr * factor
         latents, labels = self.generator.sample(self.recipe.batch_size, self.rng)
         latents, labels = tuple(map(self.ranks.part, latents)), self.ranks.part(labels)
-        with weights_quantized_once(self.student):
-            generated = self._run(self.generator, *latents)
+        compared = self.recipe.layer_weight > 0 and not self.warming_up
+        with (
+            weights_quantized_once(self.student),
+            self.compared.collected() if compared else nullcontext(),
+        ):
+            generated = self._moved(self._run(self.generator, *latents))
             images = generated.detach().requires_grad_()
             student = Remembered(lambda x: self._run(self.student, x).float())
             teacher_logits, generator_terms = self._generator_terms(images, labels, student)
@@ -268,9 +278,19 @@ class Trainer:
         else:
             with torch.no_grad():
                 teacher_logits = self._run(self.teacher, batch).float()
-        return self.method.student_terms(
+        terms = self.method.student_terms(
             student_logits=student(batch), teacher_logits=teacher_logits, labels=labels
         )
+        if self.recipe.layer_weight:
+            terms["layers"] = self.recipe.layer_weight * self.compared.distance()
+        return terms
+
+    def _moved(self, images: Tensor) -> Tensor:
+        """This rank's images, :func:`moved` if the recipe says so."""
+        if not self.recipe.move:
+            return images
+        mirror, *shift = draw_moves(self.recipe.batch_size, images.shape[-1], self.moves_rng)
+        return moved(images, (self.ranks.part(mirror), *shift))
 
     def _watch(self, terms: dict[str, Tensor]) -> None:
         """Stop all updates from the first loss on that is not finite; tell of it when asked."""
@@ -326,6 +346,7 @@ class Trainer:
             "generator_optimizer": self.generator_optimizer.state_dict(),
             "student_optimizer": self.student_optimizer.state_dict(),
             "rng": self.rng.get_state(),
+            "moves_rng": self.moves_rng.get_state(),
             "hooks": [hook.state_dict() for hook in self.hooks],
         }
 
@@ -339,6 +360,7 @@ class Trainer:
         for name in ("generator", "student", "generator_optimizer", "student_optimizer"):
             getattr(self, name).load_state_dict(state[name])
         self.rng.set_state(state["rng"])
+        self.moves_rng.set_state(state["moves_rng"])
         for hook, hook_state in zip(self.hooks, state["hooks"], strict=True):
             hook.load_state_dict(hook_state)
         self.step_count = state["step"]

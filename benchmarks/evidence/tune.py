@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import trange
 
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from agm import AGM, AgmError, Hook
 from baselines import METHODS
+from baselines.training.moved import draw_moves, moved
 from baselines.training.trainer import Trainer
 from benchmarks import compare
 from benchmarks.errors import UsageError
@@ -51,16 +51,10 @@ class RealImages:
         self.rng.set_state(state["rng"])
 
     def student_batch(self, *, images: Tensor, labels: Tensor | None = None) -> Any:
-        n, size = len(images), images.shape[-1]
-        chosen = torch.randint(len(self.images), (n,), generator=self.rng)
-        mirrored = torch.rand(n, 1, 1, 1, generator=self.rng) < 0.5
-        batch = self.images[chosen]
-        batch = torch.where(mirrored, batch.flip(3), batch)
-        padded = F.pad(batch, (size // 8,) * 4, mode="reflect")
-        top, left = torch.randint(2 * (size // 8) + 1, (2,), generator=self.rng).tolist()
-        batch = padded[:, :, top : top + size, left : left + size]
-        batch = batch.contiguous(memory_format=torch.channels_last).to(images.device)
-        return batch, self.labels[chosen].to(images.device)
+        chosen = torch.randint(len(self.images), (len(images),), generator=self.rng)
+        moves = draw_moves(len(images), images.shape[-1], self.rng)
+        batch = moved(self.images[chosen], moves)
+        return batch.to(images.device), self.labels[chosen].to(images.device)
 
 
 def settings(pairs: list[str]) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,6 @@ from agm import AGM, AgmError
 from baselines import METHODS
 from baselines.errors import CheckpointError, ConfigError, NonFiniteLossError
 from baselines.methods import gdfq
-from baselines.quantization.student import QuantizationConfig
 from baselines.training.parallel import ALONE
 from baselines.training.trainer import Remembered, Trainer, resolve_precision
 from tests.baselines import Tiny, bits, images, same_state, weights
@@ -29,6 +28,7 @@ HOOKS = {
     "both": lambda: (AGM(interval=2),),
 }
 WARMUP, OBSERVE, STEPS = 3, 2, 7
+QUICK = {"move": True, "layer_weight": 1.0, "ste": "clipped", "learned_steps": True}  # a recipe's
 
 contract = pytest.mark.parametrize(("method", "hooks"), list(itertools.product(METHODS, HOOKS)))
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -42,11 +42,12 @@ def make(
         "steps": STEPS, "batch_size": 4, "warmup": WARMUP / STEPS, "observe": OBSERVE / STEPS,
         "student_lr": 1e-3, "schedule": "cosine", **recipe,
     }  # fmt: skip
+    plan = replace(gdfq.paper(8)[1], **settings)
     return Trainer(
         Tiny() if teacher is None else teacher,
         method=SMALL[method] if isinstance(method, str) else method,
-        recipe=replace(gdfq.paper(8)[1], **settings),
-        config=QuantizationConfig(**(config or {})),
+        recipe=plan,
+        config=replace(plan.config(3, 3), **(config or {})),
         image_shape=(3, 8, 8),
         hooks=HOOKS[hooks]() if isinstance(hooks, str) else hooks,
         seed=seed,
@@ -288,16 +289,33 @@ def test_the_student_learns_the_teachers_answers_to_its_images(method, change):
     assert given["labels"] is last.labels[-1]
 
 
+@contract
+def test_moves_layers_and_learned_steps(method, hooks):
+    """The warm-up's images are moved too; the layers count once the student trains."""
+    trainer, plain = make(method, hooks, **QUICK), make(method, hooks)
+    assert trainer.step()["G/bns"] != plain.step()["G/bns"]
+    warm = train(trainer, WARMUP - 1)
+    assert not any("Q/layers" in row for row in warm)
+    gains = [p for n, p in trainer.student.named_parameters() if n.endswith("log_gain")]
+    assert len(gains) == len([q for q in trainer.student.modules() if hasattr(q, "observing")])
+    assert not any(gains)
+    assert all(0 < row["Q/layers"] < math.inf for row in train(trainer, STEPS - WARMUP))
+    assert all(gains)
+    assert not any(m._forward_hooks for m in trainer.student.modules())
+    assert not any(m._forward_hooks for m in trainer.teacher.modules())
+
+
 # Not AdaDFQ with the loss: the two terms' gradients at the student's logits are added in another
 # order there.
 @pytest.mark.parametrize(
     ("method", "hooks"),
     [("gdfq", "loss"), ("qimera", "loss"), ("adadfq", "none"), ("adadfq", "interpolation")],
 )
-def test_a_shared_forward_changes_nothing(monkeypatch, method, hooks):
-    shared = outcome(make(method, hooks))
+@pytest.mark.parametrize("recipe", [{}, QUICK], ids=["paper", "quick"])
+def test_a_shared_forward_changes_nothing(monkeypatch, method, hooks, recipe):
+    shared = outcome(make(method, hooks, **recipe))
     monkeypatch.setattr(Remembered, "__call__", lambda self, images: self.network(images))
-    terms, end, _ = outcome(make(method, hooks))
+    terms, end, _ = outcome(make(method, hooks, **recipe))
     assert shared[0] == terms
     assert shared[1] == end
 
@@ -467,10 +485,14 @@ def through_a_file(state):
 
 @each_method
 @pytest.mark.parametrize("hooks", ["none", "both"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_resumed_is_uninterrupted(method, hooks, optimizer):
+@pytest.mark.parametrize(
+    "recipe",
+    [{"student_optimizer": "sgd"}, {"student_optimizer": "adam", **QUICK}],
+    ids=["paper", "quick"],
+)
+def test_resumed_is_uninterrupted(method, hooks, recipe):
     def fresh(seed=0):
-        return make(method, hooks, seed=seed, student_optimizer=optimizer)
+        return make(method, hooks, seed=seed, **recipe)
 
     whole, states = fresh(), []
     terms = []
