@@ -22,6 +22,8 @@ class GDFQ:
     Args:
         latent_dim: of z (default 100).
         width: of the generator's first convolution (default 128).
+        many_classes: from this number of classes on, the label enters by class-conditional BNs on
+            small images, too; None (default) for large images alone, as published.
         bns_weight: of BNS in L_G (default 0.1).
         ce_weight: of the student's cross-entropy (default 1).
         temperature: T of the distillation (default 20).
@@ -30,6 +32,7 @@ class GDFQ:
 
     latent_dim: int = 100
     width: int = 128
+    many_classes: int | None = None
     bns_weight: float = 0.1
     ce_weight: float = 1.0
     temperature: float = 20.0
@@ -41,8 +44,9 @@ class GDFQ:
         """A generator of images of ``image_shape`` (channels, s, s), with its ``sample``."""
         channels, size, _ = image_shape
         return LabelledGenerator(
-            num_classes, size, channels, latent_dim=self.latent_dim, width=self.width
-        )
+            num_classes, size, channels, latent_dim=self.latent_dim, width=self.width,
+            many_classes=self.many_classes,
+        )  # fmt: skip
 
     def generator_terms(
         self,
@@ -114,5 +118,12 @@ def quick(image_size: int) -> tuple[GDFQ, Recipe]:
         learned_steps=True,
         fold_batch_norm=True,
     )
-    method = GDFQ(width=64, bns_weight=50.0, ce_weight=0.0, temperature=4.0, over_classes=False)
+    method = GDFQ(
+        width=64,
+        many_classes=50,
+        bns_weight=50.0,
+        ce_weight=0.0,
+        temperature=4.0,
+        over_classes=False,
+    )
     return method, recipe

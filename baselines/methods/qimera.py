@@ -124,5 +124,9 @@ def quick(image_size: int) -> tuple[Qimera, Recipe]:
 
 
 def _with_losses_of(method: GDFQ) -> Qimera:
-    shared = {f.name: getattr(method, f.name) for f in fields(method) if f.name != "latent_dim"}
+    shared = {
+        f.name: getattr(method, f.name)
+        for f in fields(method)
+        if f.name not in ("latent_dim", "many_classes")
+    }
     return Qimera(**shared)

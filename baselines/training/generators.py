@@ -130,14 +130,20 @@ def _places(images: Tensor, phases: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 class LabelledGenerator(nn.Module):
-    """(z, y) -> images: z * embedding(y) on small images, class-conditional BNs on large ones."""
+    """(z, y) -> images: z * embedding(y) on small images, class-conditional BNs on large ones.
+
+    Args:
+        many_classes: from this number on, class-conditional BNs on small images, too.
+    """
 
     def __init__(
-        self, num_classes: int, image_size: int, channels: int, *, latent_dim: int, width: int
-    ) -> None:
+        self, num_classes: int, image_size: int, channels: int, *, latent_dim: int, width: int,
+        many_classes: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.num_classes, self.latent_dim = num_classes, latent_dim
-        conditional = num_classes if image_size > 64 else None
+        many = many_classes is not None and num_classes >= many_classes
+        conditional = num_classes if image_size > 64 or many else None
         self.embedding = None if conditional else nn.Embedding(num_classes, latent_dim)
         self.decoder = Decoder(
             latent_dim, image_size, channels, width=width, num_classes=conditional

@@ -27,8 +27,8 @@ class Recipe:
         milestones: shares of the steps (default: each quarter, as published for CIFAR).
         move: mirror half of the generated images and shift them all by up to an eighth, before
             anything looks at them.
-        layer_weight: of the layers' distance in the student's loss,
-            see :mod:`baselines.training.layers`; 0 for none.
+        layer_weight: of the layers' distance in the student's loss, which falls as the learning
+            rates do, see :mod:`baselines.training.layers`; 0 for none.
         activations, ste, range_estimator, learned_steps, fold_batch_norm: see
             :class:`baselines.quantization.policy.QuantizationConfig`.
     """

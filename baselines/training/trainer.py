@@ -281,8 +281,8 @@ class Trainer:
         terms = self.method.student_terms(
             student_logits=student(batch), teacher_logits=teacher_logits, labels=labels
         )
-        if self.recipe.layer_weight:
-            terms["layers"] = self.recipe.layer_weight * self.compared.distance()
+        if weight := self.recipe.layer_weight * self.recipe.factor(self.step_count):
+            terms["layers"] = weight * self.compared.distance()
         return terms
 
     def _moved(self, images: Tensor) -> Tensor:
