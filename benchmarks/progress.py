@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ _JOB: dict[str, Path] = {}
 def is_job(note: Path) -> None:
     """From now on this process shows nothing itself and writes its run's step to ``note``."""
     _JOB["note"] = note
+    tqdm.set_lock(threading.RLock())  # else one for all processes, which a killed job leaks
 
 
 def shown() -> bool:
