@@ -57,8 +57,9 @@ class LinearInterpolation:
             those of integers in the images' dtype, float32 at least.
 
         Raises:
-            AgmValueError: an empty batch, labels of another length or kind, a missing
-                ``num_classes`` or a label outside of it.
+            AgmValueError: an empty batch, images that are not floating, labels or weights of
+                another length or shape, a missing ``num_classes`` or (on the CPU) a label outside
+                of it.
         """
         if not images.ndim or not images.shape[0]:
             raise AgmValueError(f"need a batch (N, ...) with N >= 1, got {tuple(images.shape)}")
@@ -83,7 +84,11 @@ class LinearInterpolation:
         return {"rng": self._rng.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where :meth:`state_dict` was taken."""
+        """Go on exactly where :meth:`state_dict` was taken.
+
+        Raises:
+            AgmValueError: ``state`` lacks something; nothing has changed.
+        """
         check_state(self, state, "rng")
         self._rng.set_state(state["rng"].cpu())  # torch.load may have moved it
 

@@ -58,22 +58,26 @@ def _discrepancy(formula: Discrepancy) -> Discrepancy:
         return formula(teacher_logits.to(wide), student_logits.to(wide)).to(dtype)
 
     checked.__name__ = checked.__qualname__ = formula.__name__
-    checked.__doc__ = formula.__doc__
+    checked.__doc__ = f"""{(formula.__doc__ or "").rstrip()}
+
+    In the wider dtype of the two. Raises AgmValueError unless both are floating, of one shape
+    (N, C), N, C >= 1.
+    """
     DISCREPANCIES[formula.__name__] = checked
     return checked
 
 
 @_discrepancy
 def logit_l1(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """Mean absolute difference over classes, (N, C) -> (N,), in logit units, in [0, inf)."""
+    """Mean absolute difference, mean_c |P - Q|, (N, C) -> (N,), in logit units, in [0, inf)."""
     return (teacher_logits - student_logits).abs().mean(1)
 
 
 @_discrepancy
 def logit_l2(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """Root mean square difference over classes, (N, C) -> (N,), in logit units, in [0, inf).
+    """Root mean square difference, sqrt(mean_c (P - Q)^2), (N, C) -> (N,), in logit units.
 
-    Its gradient where both agree is 0.
+    In [0, inf). Its gradient where both agree is 0.
     """
     difference = teacher_logits - student_logits
     return torch.linalg.vector_norm(difference, dim=1) / math.sqrt(difference.shape[1])
@@ -89,7 +93,10 @@ def kl_divergence(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
 
 @_discrepancy
 def js_divergence(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of the softmaxes, (N, C) -> (N,), in nats, in [0, ln 2]."""
+    """Jensen-Shannon divergence of the softmaxes, (N, C) -> (N,), in nats, in [0, ln 2].
+
+    (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2.
+    """
     log_p, log_q = F.log_softmax(teacher_logits, 1), F.log_softmax(student_logits, 1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     to_middle = F.kl_div(log_m, log_p, reduction="none", log_target=True)
@@ -99,13 +106,17 @@ def js_divergence(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
 
 @_discrepancy
 def total_variation(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """Half the L1 distance of the softmaxes, (N, C) -> (N,), in [0, 1]."""
+    """Half the L1 distance of the softmaxes, sum_c |p - q| / 2, (N, C) -> (N,), in [0, 1]."""
     difference = F.softmax(teacher_logits, 1) - F.softmax(student_logits, 1)
     return difference.abs().sum(1) / 2
 
 
 def resolve_discrepancy(discrepancy: str | Discrepancy) -> Discrepancy:
-    """The function behind a name of :data:`DISCREPANCIES`, or a callable as it is."""
+    """The function behind a name of :data:`DISCREPANCIES`, or a callable as it is.
+
+    Raises:
+        AgmValueError: there is no such name.
+    """
     if callable(discrepancy):
         return discrepancy
     if discrepancy not in DISCREPANCIES:
@@ -117,7 +128,11 @@ def resolve_discrepancy(discrepancy: str | Discrepancy) -> Discrepancy:
 
 
 def measure(discrepancy: Discrepancy, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """``discrepancy`` of the logits, in float32 at least, with its shape (N,) checked."""
+    """``discrepancy`` of the logits (N, C), in float32 at least.
+
+    Raises:
+        AgmValueError: logits as in :func:`check_logits`, or another result than (N,).
+    """
     check_logits(teacher_logits, student_logits)
     d = discrepancy(at_least_float32(teacher_logits), at_least_float32(student_logits))
     if d.shape != teacher_logits.shape[:1]:
@@ -135,7 +150,7 @@ def _standardised(excess: Tensor, std: Tensor) -> Tensor:
 
 def margin_parts(excess: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     """Phi(z) and phi(z) at z = excess / std, the derivatives of :func:`expected_margin` with
-    respect to the margin's mean and to its std.
+    respect to the margin's mean and to its std, of the shape that both broadcast to.
     """
     z = _standardised(excess, std)
     below = torch.special.erfc(z / -math.sqrt(2)) / 2
@@ -213,6 +228,9 @@ def sampled_margin(
 
     Returns:
         The loss, of d's shape and dtype; over the noise its mean is :func:`expected_margin`.
+
+    Raises:
+        AgmValueError: noise of another shape.
     """
     if noise.shape != discrepancy.shape:
         raise AgmValueError(
@@ -236,6 +254,12 @@ def interpolate(images: Tensor, permutation: Tensor, weight: Tensor) -> Tensor:
     Returns:
         A new tensor of x's shape, dtype and memory format. Weights 0 and 1 give back x and
         x[permutation] exactly.
+
+    Raises:
+        AgmValueError: an empty batch, images that are not floating, or a permutation or weight of
+            another shape.
+
+    Source: Luo et al. (the module's), the idea; lambda's law is the caller's.
     """
     n = images.shape[0] if images.ndim else 0
     if not n:

@@ -140,7 +140,10 @@ class AGM:
         interval: evaluations of the term, one a micro-batch, from one measurement of the weight to
             the next, >= 1 (default 10).
         alternate: take turns (default); False for both in every call.
-        seed: of the interpolation's own random generator.
+        seed: of the interpolation's own random generator (default 0).
+
+    Raises:
+        AgmValueError: one of them is out of range, or no discrepancy has that name.
 
     Under DistributedDataParallel each rank has an AGM of the same seed for its part of the batch,
     with ``student=student.module`` (the generator's turn has no use for the wrapper), and the ranks
@@ -270,6 +273,10 @@ class AGM:
         Returns:
             Images, or (images, soft labels) if labels were given; as they came without
             interpolation, or in the loss's turn. The teacher must be asked again about new images.
+
+        Raises:
+            AgmValueError: integer labels before the first :meth:`generator_loss`, or what
+                :class:`agm.LinearInterpolation` refuses.
         """
         batch = images if labels is None else (images, labels)
         if self.interpolation and not (self.alternate and self.turn % 2):
@@ -297,7 +304,11 @@ class AGM:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where :meth:`state_dict` was taken."""
+        """Go on exactly where :meth:`state_dict` was taken, on whatever device its tensors are.
+
+        Raises:
+            AgmValueError: ``state`` lacks something; nothing has changed.
+        """
         counts = ("evaluations", "turn", "student_asked", "num_classes")
         check_state(self, state, *counts, "running", "interpolation")
         self.mix.load_state_dict(state["interpolation"])

@@ -31,6 +31,9 @@ class GaussianMarginLoss(nn.Module):
             z = (mean - d) / std, free of sampling noise; or ``"sampled"``.
         reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``.
 
+    Raises:
+        AgmValueError: one of them is out of range or unknown.
+
     Source: the idea is Luo et al., IEEE TCSVT 2024, doi 10.1109/TCSVT.2024.3399311; the formula and
     the constants are this project's.
     """
@@ -75,6 +78,11 @@ class GaussianMarginLoss(nn.Module):
             A scalar, or (N,) for ``reduction="none"``, in the wider dtype of the two, float32 at
             least: a half-precision loss would overflow in a ``GradScaler``. Gradients flow to
             whichever logits have a graph.
+
+        Raises:
+            AgmValueError: logits that are not floating, of different shapes or not (N, C) with
+                N, C >= 1; a callable discrepancy of another shape than (N,), or noise; neither or
+                both of noise and generator where one is needed, or either in the other mode.
         """
         d = measure(self.discrepancy, teacher_logits, student_logits)
         if self.mode == "expected":

@@ -29,8 +29,12 @@ class DiversityProbe:
 
     Args:
         generator: a module or any callable, ``generator(*latents) -> images``.
-        latents: its arguments, a tensor or a tuple of tensors, kept as they are given.
-        teacher: images -> logits, a module.
+        latents: its arguments, a tensor or a tuple of tensors, kept as they are given; of N >= 2
+            samples.
+        teacher: images (N, ...) -> logits (N, C), a module.
+
+    Source: what Luo et al., IEEE TCSVT 2024, doi 10.1109/TCSVT.2024.3399311, observe; the figures
+    are this project's.
 
     Example:
         >>> probe = DiversityProbe(generator, (latents, labels), teacher)
@@ -50,7 +54,14 @@ class DiversityProbe:
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
-        """Measure once; the keys are those of the class's description."""
+        """Measure once.
+
+        Returns:
+            The figures of the class's description by name, without units.
+
+        Raises:
+            AgmValueError: the generator gave fewer than 2 images; nothing has changed.
+        """
         images, features = self._observe()
         if images.shape[0] < 2:
             raise AgmValueError(f"need at least 2 latents to compare, got {images.shape[0]}")
@@ -74,7 +85,11 @@ class DiversityProbe:
         return {"images": self.images, "features": self.features}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where :meth:`state_dict` was taken."""
+        """Go on exactly where :meth:`state_dict` was taken.
+
+        Raises:
+            AgmValueError: ``state`` lacks something; nothing has changed.
+        """
         check_state(self, state, "images", "features")
         self.images, self.features = state["images"], state["features"]
 

@@ -1,5 +1,13 @@
 """Named errors of the trainers; each says what was received, what was expected and what to do."""
 
+import agm
+
+if not hasattr(agm, "GaussianMarginLoss"):  # PyPI's agm, a command line for Google's services
+    raise ImportError(
+        f"{agm} is another package of that name: run `pip uninstall agm; pip install -e .` in this "
+        "project's folder"
+    )
+
 from agm import AgmError
 
 

@@ -1,0 +1,27 @@
+"""What a person runs. A program imports this first, which ends it where something is missing."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+# The extra "bench" of pyproject.toml.
+NEEDED = (
+    "torch", "torchvision", "numpy", "sklearn", "tqdm", "matplotlib", "scipy", "PIL", "joblib",
+    "filelock",
+)  # fmt: skip
+
+
+def _refusal() -> str:
+    if sys.version_info < (3, 10):  # noqa: UP036 - which pip alone would have refused
+        have = ".".join(map(str, sys.version_info[:3]))
+        return f"Python 3.10 or newer is needed, this is {have}: make a virtual environment of one"
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if not missing:
+        return ""
+    folder = Path(__file__).resolve().parents[1]
+    return f"{', '.join(missing)} not installed: run `pip install -e '.[bench]'` in {folder}"
+
+
+if _why := _refusal():
+    print(f"{Path(sys.argv[0]).name}: error: {_why}", file=sys.stderr)
+    raise SystemExit(2)

@@ -15,10 +15,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import benchmarks  # noqa: F401 - first, since it says what is missing
+
+# isort: split
 from PIL import Image
 from torchvision import datasets
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agm import AgmError
 from benchmarks.errors import UsageError

@@ -27,12 +27,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import benchmarks  # noqa: F401 - first, since it says what is missing
+
+# isort: split
 import numpy as np
 import torch
+from joblib import cpu_count
 from torch import Tensor
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agm import AGM, AgmError
 from baselines import METHODS, RECIPES, Interrupted, Result, quantize
@@ -42,9 +46,9 @@ from baselines.quantization.export import lacking
 from baselines.quantization.policy import PLACEMENTS
 from baselines.run import make_trainer
 from baselines.training.parallel import ALONE, Ranks, connected
-from benchmarks import report
+from benchmarks import progress, report
 from benchmarks.errors import UsageError
-from benchmarks.grid import claimed, number_of_jobs, one_thread, progress, shared, side_by_side
+from benchmarks.grid import claimed, number_of_jobs, one_thread, shared, side_by_side
 from benchmarks.process import Stop, locked, replacing
 from benchmarks.provenance import provenance
 from benchmarks.report import Cell
@@ -64,6 +68,15 @@ RESULTS = (
 CLAIMS = ".claims"
 
 
+_COMMANDS = """\
+Quantize a trained network without data, with and without the add-on, and compare:
+
+  compare.py --baseline gdfq --with-agm                                scikit-learn's digits
+  compare.py --model resnet20 --weights FILE --data FOLDER --with-agm  your own network
+  compare.py (the same options) --out FOLDER --resume                  go on where it was stopped
+"""
+
+
 class Parser(argparse.ArgumentParser):
     """Complains in one line, as of every other mistake."""
 
@@ -73,58 +86,60 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line, with every default that needs no model filled in."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        usage="python benchmarks/compare.py [options]", description=_COMMANDS, add_help=False,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=34),
+    )  # fmt: skip
     # fmt: off
-    add = parser.add_argument_group("what to quantize").add_argument
-    add("--model", default="digits",
-        help="digits (default), resnet20, efficientnet_lite0, torchvision:NAME, timm:NAME or "
+    add = parser.add_argument_group("what to quantize (defaults are in parentheses)").add_argument
+    add("--model", default="digits", metavar="NAME",
+        help="(digits), resnet20, efficientnet_lite0, torchvision:NAME, timm:NAME or "
         "package.module:factory")
-    add("--weights", type=Path, help="trained weights: a state_dict, bare or in a checkpoint")
+    add("--weights", type=Path, metavar="FILE", help="a state_dict, bare or in a checkpoint")
     add("--pretrained", action="store_true", help="the library's own weights (downloaded by it)")
-    add("--data", type=Path, help="ImageFolder to evaluate on; without it accuracies are n/a")
-    add("--image-size", type=int,
-        help="pixels a side (default: the library's; digits 8, torchvision 224, or 32)")
-    add("--resize", type=int,
-        help="pixels of an image's shorter side before the crop of --image-size (default: the "
-        "library's, or --image-size)")
-    add("--in-channels", type=int, help="of the images (default: the first convolution's)")
-    add("--num-classes", type=int,
-        help="default: of the pretrained weights, the folders of --data, or 10 (libraries: 1000)")
-    add("--mean", type=float, nargs="+",
-        help="of the model's input (default: the library's, or ImageNet's)")
-    add("--std", type=float, nargs="+", help="likewise")
+    add("--data", type=Path, metavar="FOLDER",
+        help="ImageFolder to evaluate on; without it accuracies are n/a")
+    add("--image-size", type=int, metavar="N",
+        help="pixels a side (the library's; digits 8, torchvision 224, or 32)")
+    add("--resize", type=int, metavar="N",
+        help="of the shorter side, before the crop (the library's, or no crop)")
+    add("--in-channels", type=int, metavar="N", help="of the images (the first convolution's)")
+    add("--num-classes", type=int, metavar="N",
+        help="(the pretrained's, the folders of --data, or 10; libraries 1000)")
+    add("--mean", type=float, nargs="+", metavar="X",
+        help="of the model's input (the library's, or ImageNet's)")
+    add("--std", type=float, nargs="+", metavar="X", help="likewise")
     add = parser.add_argument_group("how").add_argument
     add("--baseline", nargs="+", default=["gdfq"], choices=[*METHODS, "all"], metavar="METHOD",
-        help=f"{', '.join(METHODS)} or all (default: gdfq)")
+        help=f"{', '.join(METHODS)} or all (gdfq)")
     add("--with-agm", nargs="*", choices=report.ARMS[1:], metavar="PART",
-        help="compare with the add-on: loss, interpolation, both (default), or several of them")
-    add("--bits", type=int, nargs="+", help="default: 3 4 (digits 2 3)")
-    add("--weight-bits", type=int, help="in place of --bits, together with --act-bits")
-    add("--act-bits", type=int, help="in place of --bits, together with --weight-bits")
-    add("--seeds", type=int, default=3, help="how many runs of each (default: 3)")
-    add("--first-seed", type=int, default=0, help="default: 0")
-    add("--recipe", choices=RECIPES, default="quick", help="default: quick")
-    add("--steps", type=int, help="in place of the recipe's")
-    add("--batch-size", type=int, help="in place of the recipe's")
+        help="compare with the add-on: loss, interpolation, both, or several")
+    add("--bits", type=int, nargs="+", metavar="N",
+        help="of weights and activations (3 4; digits 2 3)")
+    add("--weight-bits", type=int, metavar="N", help="in place of --bits, with --act-bits")
+    add("--act-bits", type=int, metavar="N", help="in place of --bits, with --weight-bits")
+    add("--seeds", type=int, default=3, metavar="N", help="how many runs of each (3)")
+    add("--first-seed", type=int, default=0, metavar="N", help="(0)")
+    add("--recipe", choices=RECIPES, default="quick",
+        help="ours, or as the methods' papers say (quick)")
+    add("--steps", type=int, metavar="N", help="in place of the recipe's")
+    add("--batch-size", type=int, metavar="N", help="in place of the recipe's")
     add("--activations", choices=PLACEMENTS,
-        help="which are quantized: inputs (default of quick) or relu (of paper)")
+        help="which are quantized: inputs (of quick) or relu (of paper)")
     add("--eval-every", type=int, metavar="STEPS",
-        help="judge the network every so many steps (default: 20 times a run; where --data has "
-        "more than 2^24 pixels, such as 1,000 images of 224, only straight after quantization and "
-        "at the end, as always)")
-    add = parser.add_argument_group("on what").add_argument
-    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: auto")
-    add("--jobs", type=int, metavar="N",
-        help="runs side by side, each in a process of one CPU thread (or OMP_NUM_THREADS) or one "
-        "GPU; -1 (default): as many as there are cores or GPUs")
-    add("--parallel", choices=["batch"], help="under torchrun: all ranks share each batch")
+        help="(20 times a run; of many pixels only before and after)")
     add = parser.add_argument_group("where").add_argument
-    add("--out", type=Path, help="output folder (default: runs/MODEL-TIME)")
-    add("--resume", action="store_true",
-        help="go on in --out: keep what is finished, continue what was broken off")
-    add("--checkpoint-every", type=int, default=200, metavar="STEPS", help="default: 200")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(auto)")
+    add("--jobs", type=int, metavar="N",
+        help="runs side by side, a CPU thread or a GPU each (-1: as fit)")
+    add("--parallel", choices=["batch"],
+        help="under torchrun: all ranks share each batch (else the runs)")
+    add("--out", type=Path, metavar="FOLDER", help="(runs/MODEL-TIME)")
+    add("--resume", action="store_true", help="go on in --out with what is not finished there")
+    add("--checkpoint-every", type=int, default=200, metavar="STEPS", help="(200)")
     add("--debug", action="store_true", help="show tracebacks")
+    add("-h", "--help", action="help", help="show this")
     # fmt: on
     args = parser.parse_args(argv)
     args.argv = argv
@@ -196,8 +211,6 @@ class Comparison:
         self.jobs = 1
         if ranks.size == 1:
             self.jobs = number_of_jobs(args.jobs, len(self.cells), args.device)
-        self.bar = partial(progress, several=ranks.size > 1 and not args.parallel)
-        self.todo: list[str] = []
         self.steps: dict[str, int] = {}
         self.precision = self.args.precision
         self.stop: Callable[[], bool] = Stop()
@@ -211,19 +224,22 @@ class Comparison:
             self.full_precision = _accuracies("fp", self.task.figures(self.task.teacher))
         self.ranks.first(partial(report.write_json, self.out / "settings.json", self._settings()))
         todo = [cell for cell in self.cells if cell["name"] not in rows]
-        self.todo = [cell["name"] for cell in todo]
         if self.ranks.rank == 0:
             self._announce(len(rows))
         stop = Stop()
         self.stop = stop
-        with stop.listening():
-            for cell, end in self._ends(todo):
+        shown = progress.OfGrid(len(self.cells), len(rows), quiet=self.ranks.rank > 0)
+        with stop.listening(), contextlib.closing(shown):
+            for cell, end in self._ends(todo, shown):
                 try:
-                    rows[cell["name"]] = end()
+                    row = end()
                 except Interrupted as stopped:
-                    print(f"{cell['name']}: {stopped}", file=sys.stderr)
+                    progress.tell(f"{cell['name']}: {stopped}")
+                    continue
                 except BrokenExecutor as error:
-                    rows[cell["name"]] = self._failed(cell, error)
+                    row = self._failed(cell, error)
+                rows[cell["name"]] = row
+                shown.ended(cell["name"], _outcome(row))
         finished = [rows[cell["name"]] for cell in self.cells if cell["name"] in rows]
         interrupted = len(finished) < len(self.cells)
         if self.ranks.rank == 0:
@@ -243,22 +259,31 @@ class Comparison:
         """What is to be run, and what is quantized how."""
         fp = report.percent(self.full_precision, "accuracy_fp")
         judged = 0 if self.task.images is None else len(self.task.images)
+        threads = torch.get_num_threads()
         print(f"Teacher {self.args.model}: full precision {fp} on {judged} evaluation images")
         print(
             f"{len(self.cells)} runs, {done} of them done before, into {self.out}; "
-            f"{self.precision} on {self.args.device}",
+            f"{self.precision} on {self.args.device}, {self.jobs} at a time on {threads} CPU "
+            f"thread{'s' * (threads > 1)} each",
             flush=True,
         )
+        if self.args.device == "cpu" and self.jobs * threads > cpu_count():
+            progress.tell(
+                f"{self.jobs * threads} threads are more than the cores here ({cpu_count()}) and "
+                "may take many times as long: leave --jobs and OMP_NUM_THREADS out"
+            )
         if why := lacking():
             print(f"No ONNX files will be written: {why}", flush=True)
         for (weight_bits, act_bits), policy in self.policies.items():
             print(f"\nBit policy W{weight_bits}A{act_bits}\n{policy}\n", flush=True)
 
-    def _ends(self, todo: list[Cell]) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
+    def _ends(
+        self, todo: list[Cell], shown: progress.OfGrid
+    ) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
         """Cells with the calls that give their rows, in whatever way this grid is worked on."""
         if self.jobs > 1:
-            make = partial(in_job, self.args.argv, self.out, self.full_precision, self.todo)
-            yield from side_by_side(todo, self.jobs, make, self.stop)
+            make = partial(in_job, self.args.argv, self.out, self.full_precision)
+            yield from side_by_side(todo, self.jobs, make, self.stop, shown.running)
         elif self.ranks.size > 1 and not self.args.parallel:
             for cell in shared(todo, self.out / CLAIMS, self.stop):
                 yield cell, partial(self._take_over, cell)
@@ -368,12 +393,10 @@ class Comparison:
 
     def _run_cell(self, cell: Cell) -> Cell:
         """A cell under its progress bar; a failure is a row as well."""
-        place = self.todo.index(cell["name"]) + 1
-        name = f"[{place}/{len(self.todo)}] {cell['name']}"
         failures = [AgmError]
         if self.partners.size == 1:  # else the others would wait for this rank: let all end
             failures += [torch.OutOfMemoryError, MemoryError]
-        with self.bar(self.steps[cell["method"]], name, disable=self.partners.rank > 0) as bar:
+        with progress.of_run(self.steps[cell["method"]], cell["name"]) as bar:
             try:
                 result = self._quantize(cell, bar)
             except tuple(failures) as error:
@@ -396,12 +419,10 @@ class Comparison:
             parts = {part: cell["hooks"] in (part, "both") for part in ("loss", "interpolation")}
             hooks = [AGM(**parts, seed=cell["seed"])]
 
-        def on_step(step: int, terms: dict[str, Tensor]) -> None:
+        def on_step(step: int, _terms: dict[str, Tensor]) -> None:
             if not bar.n:
                 bar.initial = bar.n = step  # a resumed run's first ones cost nothing
             bar.update(step + 1 - bar.n)
-            if step % 20 == 0:
-                bar.set_postfix({k: f"{v.item():.3g}" for k, v in terms.items()}, refresh=False)
 
         return quantize(
             self.task.teacher,
@@ -458,8 +479,7 @@ class Comparison:
         try:
             made = result.export_onnx(path)
         except AgmError as error:
-            print(f"no {path.name}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-            return nothing
+            return nothing | {"onnx_error": str(error).splitlines()[0]}
         return {
             "onnx": path.name,
             "onnx_bytes": made.bytes,
@@ -485,6 +505,8 @@ class Comparison:
         title = f"{self.args.model}, {self.args.recipe} recipe"
         report.picture(rows, images, self.out / "report.png", title=title)
         print(f"\n{text}\n\n{report.LEGEND}\n")
+        for why in dict.fromkeys(row["onnx_error"] for row in rows if row.get("onnx_error")):
+            print(f"No ONNX file: {why}")
         print(f"Wrote {self.out / 'report.json'} and {self.out / 'report.png'}")
 
     def _command(self) -> str:
@@ -501,7 +523,6 @@ def in_job(
     argv: list[str],
     out: Path,
     full_precision: dict[str, float | None],
-    todo: list[str],
     job: int,
     stop: Callable[[], bool],
 ) -> Callable[[Cell], Cell]:
@@ -513,9 +534,15 @@ def in_job(
     if comparison._settings() != _read_json(out / "settings.json"):
         raise UsageError("the model's weights or the images changed meanwhile; start anew")
     comparison.full_precision = full_precision
-    comparison.todo, comparison.stop = todo, stop
-    comparison.bar = partial(progress, several=True, line=job)
+    comparison.stop = stop
     return comparison.run_cell
+
+
+def _outcome(row: Cell) -> str:
+    """Of a cell that has ended."""
+    if row["error"]:
+        return f"FAILED, {row['error']}"
+    return f"{report.percent(row, 'accuracy_last')} after {row['seconds']:.0f} s"
 
 
 def _accuracies(of: str, figures: dict[str, float]) -> dict[str, float | None]:
@@ -541,6 +568,15 @@ def main(argv: list[str] | None = None) -> int:
         if "--debug" in argv:
             raise
         print("compare.py: error: " + " ".join(str(error).splitlines()), file=sys.stderr)
+        return 2
+    except OSError as error:  # of files that are none of a run's: claims, temporary ones
+        if "--debug" in argv:
+            raise
+        print(
+            f"compare.py: error: {error}; free some space, or see who may write there, and repeat "
+            "the command with --resume and its --out",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:  # before the training, where nothing is to be saved
         return 128 + signal.SIGINT

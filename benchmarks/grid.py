@@ -3,9 +3,9 @@
 Whoever works on a cell holds a lock on its claim, which is gone with the process however it ends.
 """
 
+import contextlib
 import os
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -20,8 +20,8 @@ import torch
 from filelock import FileLock, Timeout
 from joblib import cpu_count
 from joblib.externals.loky import ProcessPoolExecutor
-from tqdm import tqdm
 
+from benchmarks import progress
 from benchmarks.errors import UsageError
 from benchmarks.report import Cell
 
@@ -91,6 +91,7 @@ def side_by_side(
     jobs: int,
     make: Callable[[int, Callable[[], bool]], Run],
     stop: Callable[[], bool],
+    watch: Callable[[dict[str, str]], None] = lambda steps: None,
 ) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
     """Cells as they end, each with a call that gives its row or raises its error.
 
@@ -100,19 +101,21 @@ def side_by_side(
     Args:
         make: (job's number, whether to stop) -> a cell's run; called in the job's process.
         stop: once it is true every process ends its step, saves, and raises what its run raises.
+        watch: told now and then which cells run, and their steps.
     """
     pools: dict[int, ProcessPoolExecutor] = {}
     running: dict[Future[Cell], tuple[int, Cell]] = {}
     waiting, free = deque(cells), list(range(jobs))
     with tempfile.TemporaryDirectory(prefix="agm-") as folder:
-        told, line = Path(folder, "stop"), Path(folder, "line")
+        told, notes = Path(folder, "stop"), [Path(folder, str(job)) for job in range(jobs)]
         try:
             while running or (waiting and not stop()):
                 while waiting and free and not stop():
                     job, cell = free.pop(0), waiting.popleft()
                     if job not in pools:
-                        begin = (os.getpid(), line, partial(make, job, told.exists))
+                        begin = (os.getpid(), notes[job], partial(make, job, told.exists))
                         pools[job] = ProcessPoolExecutor(1, initializer=_begin, initargs=begin)
+                    notes[job].unlink(missing_ok=True)
                     running[pools[job].submit(_work, cell)] = job, cell
                 if stop():
                     told.touch()
@@ -122,6 +125,7 @@ def side_by_side(
                         pools.pop(job).shutdown(kill_workers=True)
                     free.append(job)
                     yield cell, future.result
+                watch({cell["name"]: _text(notes[job]) for job, cell in running.values()})
         finally:
             told.touch()
             wait(running)
@@ -129,13 +133,19 @@ def side_by_side(
                 pool.shutdown(kill_workers=True)
 
 
-def _begin(parent: int, line: Path, make: Callable[[], Run]) -> None:
+def _text(path: Path) -> str:
+    with contextlib.suppress(OSError):  # not written yet
+        return path.read_text()
+    return ""
+
+
+def _begin(parent: int, note: Path, make: Callable[[], Run]) -> None:
     """In a job's process: it hears of signals, and of their end, from ``parent`` alone."""
     for number in (signal.SIGINT, signal.SIGTERM):  # which a terminal sends to all at once
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     one_thread()
-    tqdm.set_lock(FileLock(line))
+    progress.is_job(note)
     _JOB["make"] = make
 
 
@@ -152,34 +162,3 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(POLL)
     os._exit(1)
-
-
-def progress(
-    total: int, name: str, *, several: bool, line: int | None = None, disable: bool = False
-) -> tqdm:
-    """A cell's progress.
-
-    Args:
-        several: of them are shown at a time.
-        line: of the terminal, counted from 0; without it, or a terminal, each of ``several`` writes
-            a whole line every ten seconds.
-    """
-    settings: dict[str, Any] = {"mininterval": 0.5}
-    if several and line is not None and sys.stderr.isatty():
-        settings |= {"position": line, "leave": False, "dynamic_ncols": True}
-    elif several:
-        settings = {"mininterval": 10, "file": _Lines(), "bar_format": (
-            "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-        )}  # fmt: skip
-    return tqdm(total=total, desc=name, unit="step", disable=disable, **settings)
-
-
-class _Lines:
-    """stderr for a bar of tqdm, each of whose states becomes a line."""
-
-    def write(self, text: str) -> None:
-        if text := text.strip():
-            os.write(2, f"{text}\n".encode())  # in one piece, which nothing can fall into
-
-    def flush(self) -> None:
-        pass

@@ -16,11 +16,28 @@ ARMS = ("none", "loss", "interpolation", "both")
 ARM_NAMES = {"none": "baseline", "loss": "+loss", "interpolation": "+interpolation", "both": "+AGM"}
 LEGEND = (
     "PTQ: straight after quantization. paired diff.: of the last step, on all evaluation images,\n"
-    "to the baseline of the same seed. movement, similarity: of the generator's images, mean of\n"
-    "the run's last quarter; see agm.DiversityProbe. ONNX file: of the smallest cell, to float32\n"
-    "weights; fewer bits make it smaller, not faster. in integers: the layers that can."
+    "to the baseline of the same seed. Of the generator's images, mean of the run's last quarter:\n"
+    "movement ↑, how far their features move between two records (more is better, at 0 it stands\n"
+    "still); similarity ↓, of a batch's features (less is better, at 1 all are alike); see\n"
+    "agm.DiversityProbe. ONNX file: of the smallest cell, to float32 weights; fewer bits make it\n"
+    "smaller, not faster. in integers: the layers that can."
 )
-PROBE = {"feature_movement": "feature movement", "batch_similarity": "batch similarity"}
+# A figure of the history -> its column in the table, and what to multiply it by there.
+PROBE = {"feature_movement": ("movement % ↑", 100), "batch_similarity": ("similarity ↓", 1)}
+# Figures of the history in the picture: what it says above and beside the axis.
+CURVES = {
+    "accuracy": ("Accuracy of the quantized network", "accuracy on the\nevaluation images (%)"),
+    "feature_movement": (
+        "Movement of the generator: near 0 it stands still",
+        "change of its images' features\nsince the last record (%)",
+    ),
+    "batch_similarity": (
+        "Similarity of its images: at 1 all are alike",
+        "cosine between the features\nof two images",
+    ),
+}
+# Of the arms, where colours tell methods and bit widths apart.
+DASHES = {"none": ":", "loss": "-.", "interpolation": "--", "both": "-"}
 
 
 def mean_std(values: Sequence[float]) -> str:
@@ -99,7 +116,7 @@ def table(cells: Sequence[Cell]) -> str:
         heads = [head + which for head in heads for which in ("", ", top-5")]
     head = [
         "method", "bits", "arm", *heads, "paired diff. [95 % interval]",
-        "seconds", "steps/s", "movement", "similarity", "ONNX file", "in integers",
+        "seconds", "steps/s", *(name for name, _ in PROBE.values()), "ONNX file", "in integers",
     ]  # fmt: skip
     rows = [head]
     failures = []
@@ -117,7 +134,10 @@ def table(cells: Sequence[Cell]) -> str:
                 "" if arm == "none" else difference_text(paired_difference(base, last)),
                 mean_std([c["seconds"] for c in done]),
                 mean_std([c["steps_per_s"] for c in done]),
-                *(mean_std([last_probe(c, key) for c in done]) for key in PROBE),
+                *(
+                    mean_std([by * last_probe(c, key) for c in done])
+                    for key, (_, by) in PROBE.items()
+                ),
                 *_file_text(done),
             ])  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
@@ -156,23 +176,42 @@ def curves(cells: Sequence[Cell], key: str) -> tuple[list[int], np.ndarray]:
     return steps, np.array([[s[step] for step in steps] for s in series])
 
 
-def plot_curves(axis: Any, arms: dict[str, list[Cell]], key: str, label: str) -> None:
-    """Mean and range over seeds of a figure of the history, a line an arm."""
+def plot_curves(
+    axis: Any,
+    arms: dict[str, list[Cell]],
+    key: str,
+    label: str,
+    *,
+    name: str = "",
+    styles: dict[str, dict[str, Any]] | None = None,
+) -> None:
+    """Mean and range over seeds of a figure of the history, a line an arm.
+
+    Args:
+        name: in the legend before the arm's.
+        styles: of some arms' lines, as ``axis.plot`` takes them.
+    """
+    by = PROBE.get(key, ("", 1))[1]
     for arm, runs in arms.items():
         steps, values = curves(runs, key)
         if not steps:
             continue
-        (line,) = axis.plot(steps, values.mean(0), label=ARM_NAMES[arm], marker=".")
+        values = by * values
+        style = {"marker": ".", "label": f"{name}{ARM_NAMES[arm]}"} | (styles or {}).get(arm, {})
+        (line,) = axis.plot(steps, values.mean(0), **style)
         low, high = values.min(0), values.max(0)
         axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
-    axis.set(xlabel="step", ylabel=label)
+    axis.set(xlabel="training step", ylabel=label)
     axis.grid(alpha=0.3)
 
 
 def picture(
     cells: Sequence[Cell], images: dict[str, np.ndarray], path: Path, *, title: str
 ) -> None:
-    """Learning curves, diversity over the run, and synthetic images, a row a method and bit width.
+    """Learning curves and diversity over the run, and below them generated images.
+
+    All methods and bit widths share the three panels of curves. The images are those of the first
+    method at its first bit width: of the baseline, and of the add-on where it was compared.
 
     Args:
         images: of some cells by name, (n, h, w, c) in [0, 1], c = 1 or 3.
@@ -182,48 +221,45 @@ def picture(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = groups(cells)
-    shown = ["none", next((a for a in ("both", "loss", "interpolation") if any(
-        a in arms for arms in panels.values())), "none")]  # fmt: skip
-    shown = list(dict.fromkeys(shown))
-    columns = 3 + len(shown)
-    figure, axes = plt.subplots(
-        len(panels), columns, figsize=(4.2 * columns, 3.6 * len(panels)), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    labels = {"accuracy": "accuracy on the evaluation images (%)"} | {
-        "feature_movement": "relative movement of the features\nsince the last record",
-        "batch_similarity": "cosine similarity of features\nbetween images of a batch",
-    }
-    for row, (key, arms) in zip(axes, panels.items(), strict=True):
-        for axis, (figure_key, label) in zip(row, labels.items(), strict=False):
-            plot_curves(axis, arms, figure_key, label)
-        row[0].set_title(f"{key[0]} W{key[1]}A{key[2]} (mean and range over seeds)", fontsize=10)
-        fp = [c["accuracy_fp"] for runs in arms.values() for c in runs if c.get("accuracy_fp")]
-        if fp:
-            row[0].axhline(fp[0], color="grey", ls="--", lw=1, label="full precision")
-        if not row[0].lines:
-            row[0].text(0.5, 0.5, "n/a, no evaluation images", ha="center")
-            row[0].set(xticks=[], yticks=[])
-        for axis in row[:3]:
-            if axis.lines:
-                axis.legend(fontsize=8)
-        for axis, arm in zip(row[3:], shown, strict=True):
-            axis.axis("off")
-            cell = next((c for c in arms.get(arm, []) if c["name"] in images), None)
-            if cell is not None:
-                batch = images[cell["name"]]
-                axis.imshow(mosaic(batch), cmap="gray", interpolation="nearest")
-                name = f"{ARM_NAMES[arm]}: generated images, seed {cell['seed']}"
-                axis.set_title(name, fontsize=10)
-    figure.suptitle(title, fontsize=11)
+    found = groups(cells)
+    figure = plt.figure(figsize=(14, 8.2), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.1))
+    axes = above.subplots(1, len(CURVES))
+    for axis, (key, (head, label)) in zip(axes, CURVES.items(), strict=True):
+        for place, ((method, weight_bits, act_bits), arms) in enumerate(found.items()):
+            name, styles = f"{method} W{weight_bits}A{act_bits} ", {}
+            if len(found) > 1:
+                styles = {arm: {"color": f"C{place % 10}", "ls": DASHES[arm]} for arm in arms}
+            plot_curves(axis, arms, key, label, name=name, styles=styles)
+        axis.set_title(head, fontsize=11)
+    fp = [c["accuracy_fp"] for c in cells if c.get("accuracy_fp")]
+    if fp:
+        axes[0].axhline(fp[0], color="grey", ls="--", lw=1, label="full precision")
+    if not axes[0].lines:
+        axes[0].text(0.5, 0.5, "n/a, no evaluation images", ha="center")
+        axes[0].set(xticks=[], yticks=[])
+    lines = {line.get_label(): line for axis in axes for line in axis.lines}
+    if lines:
+        above.legend(handles=list(lines.values()), loc="outside lower center", ncols=6, fontsize=9)
+
+    (method, weight_bits, act_bits), arms = next(iter(found.items()))
+    drawn = {arm: c for arm, runs in arms.items() for c in reversed(runs) if c["name"] in images}
+    drawn = {arm: drawn[arm] for arm in ("none", "both", "loss", "interpolation") if arm in drawn}
+    axes = below.subplots(1, 2)
+    for axis in axes:
+        axis.axis("off")
+    for axis, (arm, cell) in zip(axes, drawn.items(), strict=False):
+        axis.imshow(mosaic(images[cell["name"]]), cmap="gray", interpolation="nearest")
+        name = f"{method} W{weight_bits}A{act_bits} {ARM_NAMES[arm]}, seed {cell['seed']}"
+        axis.set_title(f"Generated images: {name}", fontsize=11)
+    figure.suptitle(f"{title}: mean and range over seeds", fontsize=12)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
 
 
-def mosaic(images: np.ndarray, side: int = 6) -> np.ndarray:
-    """The first side^2 images as one, with a white line between them.
+def mosaic(images: np.ndarray, rows: int = 4, columns: int = 8) -> np.ndarray:
+    """The first rows * columns images as one, with a white line between them.
 
     Images of more than 64 pixels are averaged down, as the picture would show their grid alone.
     """
@@ -232,10 +268,12 @@ def mosaic(images: np.ndarray, side: int = 6) -> np.ndarray:
     h, w = h // k, w // k
     images = images[:, : h * k, : w * k].reshape(n, h, k, w, k, c).mean((2, 4))
     pad = ((0, 0), (0, 1), (0, 1), (0, 0))
-    images = images[: min(side * side, len(images) // side * side)]  # whole rows
+    images = images[: min(rows, n // columns) * columns]  # whole rows
     images = np.pad(images, pad, constant_values=1.0)
-    rows = [np.concatenate(list(images[i : i + side]), 1) for i in range(0, len(images), side)]
-    return np.concatenate(rows, 0)
+    lines = [
+        np.concatenate(list(images[i : i + columns]), 1) for i in range(0, len(images), columns)
+    ]
+    return np.concatenate(lines, 0)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -234,7 +234,8 @@ def class_names(path: str | os.PathLike[str]) -> list[str]:
     if not names:
         raise DataError(
             f"no class subfolders in {os.fspath(path)!r}; expected one subfolder of images "
-            "per class, as in PATH/cat/1.png"
+            "per class, as in PATH/cat/1.png: sort them so, or leave them out (on the command line "
+            "--data), and no accuracy is measured"
         )
     return names
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from baselines.errors import ConfigError
 from baselines.quantization.copying import image_channels
 from baselines.training.trainer import resolve_device
+from benchmarks import progress
 from benchmarks.errors import UsageError
 from benchmarks.task import datasets, teachers
 from benchmarks.task.datasets import DIGITS_MEAN, DIGITS_STD, Images, Inputs
@@ -41,7 +42,10 @@ class Task:
         """
         assert self.images is not None
         count = -(-len(self.images) // self.images.batch_size)
-        batches = tqdm(self.images, "evaluating", count, delay=PATIENCE, leave=False, unit="batch")
+        batches = tqdm(
+            self.images, "evaluating", count, delay=PATIENCE, leave=False, unit="batch",
+            dynamic_ncols=True, disable=not progress.shown(),
+        )  # fmt: skip
         first, five = teachers.hits(model, batches, device=self.device).unbind(1)
         labels = self.images.labels
         chosen = {"accuracy": first}

@@ -1,6 +1,7 @@
 """Full-precision networks to quantize: two of our own, a library's, or the user's."""
 
 import contextlib
+import difflib
 import hashlib
 import importlib
 import inspect
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 from baselines.errors import CheckpointError
@@ -41,6 +43,7 @@ _CHOICES = (
     "'digits', 'resnet20', 'efficientnet_lite0', 'torchvision:NAME', 'timm:NAME' or "
     "'package.module:factory'"
 )
+OWN = ("digits", "resnet20", "efficientnet_lite0")
 # Whose networks are ImageNet's unless told otherwise, and whose weights are random.
 LIBRARIES = ("efficientnet_lite0", "torchvision", "timm")
 
@@ -111,7 +114,7 @@ def digits_teacher(cache_dir: str | os.PathLike[str] = DEFAULT_CACHE, *, seed: i
     except (OSError, CheckpointError) as error:
         raise TeacherError(
             f"cannot write the digits teacher to {os.fspath(path)!r}: {error}; "
-            "pass a writable directory as cache_dir"
+            "free some space, or run it in a folder that can be written to"
         ) from error
     return model
 
@@ -176,7 +179,7 @@ def build_with_inputs(
     elif kind and name:
         network = _imported(kind, name, num_classes, pretrained)
     else:
-        raise TeacherError(f"unknown model {model!r}; expected {_CHOICES}")
+        raise TeacherError(f"unknown model {model!r}{_meant(model)}; expected {_CHOICES}")
     if not any(
         isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
         for m in network.modules()
@@ -244,6 +247,18 @@ def hits(
     return torch.tensor(found)
 
 
+def _meant(model: str) -> str:
+    """A question after names that are written like ``model``; empty if there are none."""
+    kind, colon, name = model.partition(":")
+    if colon:
+        close = [f"{k}:{name}" for k in difflib.get_close_matches(kind, LIBRARIES, n=1)]
+    else:
+        listed = torchvision.models.list_models(module=torchvision.models)
+        close = difflib.get_close_matches(model, OWN, n=1)
+        close += [f"torchvision:{n}" for n in difflib.get_close_matches(model, listed, n=2)]
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
 def _imported(module: str, name: str, num_classes: int, pretrained: bool) -> nn.Module:
     offered: dict[str, Any] = {"pretrained": True} if pretrained else {"num_classes": num_classes}
     with _importable(os.getcwd()):
@@ -252,8 +267,8 @@ def _imported(module: str, name: str, num_classes: int, pretrained: bool) -> nn.
         except Exception as error:  # the user's module may raise anything
             raise TeacherError(
                 f"cannot import {module!r} for the model '{module}:{name}' "
-                f"({type(error).__name__}: {error}); expected {_CHOICES}, its module importable "
-                "from the current directory or installed"
+                f"({type(error).__name__}: {error}){_meant(f'{module}:{name}')}; expected "
+                f"{_CHOICES}, its module importable from the current directory or installed"
             ) from error
         if not callable(factory):
             raise TeacherError(

@@ -1,6 +1,7 @@
 """compare.py as a user meets it: its output, its files, its exit status and its complaints."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -24,12 +25,12 @@ from PIL import Image
 
 from agm import AGM, AgmError
 from baselines import METHODS, load_quantized
-from baselines.errors import NonFiniteLossError
+from baselines.errors import CheckpointError, ExportError, NonFiniteLossError
 from baselines.quantization import checkpoint as checkpoints
 from baselines.quantization import export
 from baselines.quantization.checkpoint import fingerprint
 from baselines.training.trainer import resolve_precision
-from benchmarks import compare
+from benchmarks import compare, progress
 from benchmarks.process import locked
 from benchmarks.task import datasets, teachers
 from benchmarks.task import task as tasks
@@ -37,7 +38,8 @@ from benchmarks.task.networks import resnet20
 from tests import hostile
 from tests.baselines import same_state
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compare.py"
+ROOT = str(Path(__file__).parents[2])
+SCRIPT = Path(ROOT) / "benchmarks" / "compare.py"
 SHARED = Path(__file__).parents[3] / "shared"
 SHORT = ("--bits", "3", "--steps", "8", "--batch-size", "16")
 BRIEF = ("--steps", "2", "--batch-size", "4", "--seeds", "1")
@@ -250,12 +252,18 @@ def test_each_cell_leaves_a_network_that_is_as_good_as_reported(finished):
 def test_what_is_printed(finished):
     _, argv, text = finished
     assert re.search(r"full precision 9\d\.\d\d %", text)
-    assert f"; {resolve_precision('auto', torch.device('cpu'))} on cpu\n" in text
+    how = (
+        f"{resolve_precision('auto', torch.device('cpu'))} on cpu, 1 at a time on 1 CPU thread each"
+    )
+    assert text.splitlines()[1].endswith(f"; {how}")
     policy = text.index("Bit policy W3A3")
     assert text.count("Bit policy") == 1
     assert "layer3.0.conv2.weight" in text[policy : text.index("Wrote")]
-    assert policy < text.index(" 8/8 ")  # before the training
-    assert text.rindex(" 8/8 ") < text.index("last step %")  # which the table follows
+    ended = re.findall(r"^\[(\d)/4\] gdfq-w3a3-\S+: \d+\.\d\d % after \d+ s$", text, re.M)
+    assert ended == list("1234")  # where there is no terminal
+    assert "\r" not in text
+    assert policy < text.index("[1/4]")  # before the training
+    assert text.index("[4/4]") < text.index("last step %")  # which the table follows
     assert "report.json" in text[text.index("last step %") :]
     assert argv[-2:] == ["--out", "run"]
     command = shlex.join(["python", "benchmarks/compare.py", *argv[:-2]])
@@ -429,9 +437,20 @@ def test_many_classes_are_judged_by_their_five_largest_logits_too(home):
 @pytest.mark.parametrize(("patience", "shown"), [(0, True), (1e9, False)])
 def test_a_long_evaluation_shows_its_progress(monkeypatch, patience, shown):
     monkeypatch.setattr(tasks, "PATIENCE", patience)
+    monkeypatch.setattr(progress, "shown", lambda: True)
     status, text, _ = call(*BRIEF3, "--out", "run", together=True)
     assert status == 0
     assert ("evaluating: " in text) == shown
+
+
+def test_why_there_is_no_file_of_integers_is_told_once(monkeypatch):
+    def missing(*_, **__):
+        raise ExportError("an ONNX file needs onnx, which is missing")
+
+    monkeypatch.setattr("baselines.run.export_onnx", missing)
+    text = ok(*BRIEF, "--out", "run")
+    assert text.count("needs onnx") == text.count("No ONNX file: an ONNX file needs onnx") == 1
+    assert cells_of("run", "onnx", "onnx_bytes") == [(None, None)] * 2
 
 
 def test_few_classes_are_not(finished):
@@ -552,7 +571,15 @@ MISTAKES = {
     "random weights of torchvision": (
         ("--model", "torchvision:resnet18"), ("'torchvision:resnet18'", "random weights"),
     ),
-    "unknown model": (("--model", "resnet21"), ("'resnet21'", "torchvision:NAME")),
+    "unknown model": (("--model", "nonsense"), ("'nonsense'", "torchvision:NAME")),
+    "a typo": (("--model", "restnet20"), ("'restnet20' (did you mean resnet20 or ",)),
+    "a library's without it": (("--model", "resnet50"), (" or torchvision:resnet50 or ",)),
+    "a typo in the library": (
+        ("--model", "torchvison:resnet18"), ("(did you mean torchvision:resnet18?)",),
+    ),
+    "images in one folder": (
+        (*OWN, "--data", "images/a"), ("no class subfolders in 'images/a'", "sort them so"),
+    ),
     "unknown torchvision": (("--model", "torchvision:resnet19"), ("'resnet19'", "resnet18")),
     "no such module": (("--model", "nowhere_at_all:f"), ("nowhere_at_all", "current directory")),
     "failing factory": (("--model", "nets:broken"), ("nets:broken", "first line")),
@@ -602,6 +629,17 @@ MISTAKES = {
     "GroupNorm": (("--model", "nets:grouped"), ("'2' (GroupNorm)", "supported are Conv")),
     "grey model on coloured images": (("--data", "images"), ("channel",)),
 }  # fmt: skip
+
+
+def test_help_is_a_screen_with_the_three_commands_first(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = ok("--help").splitlines()
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 100
+    commands = [line.split()[1:] for line in lines[:8] if line.startswith("  compare.py ")]
+    assert len(commands) == 3
+    compare.parse(commands[0][:3])
+    compare.parse(commands[1][:7])
 
 
 def complaint(*argv: object) -> str:
@@ -668,6 +706,45 @@ def test_an_output_folder_that_cannot_be(out):
     assert out in line
     assert "choose another --out" in line
     assert Path("nets.py").read_text() == NETS
+
+
+@pytest.mark.parametrize("program", ["compare.py", "cifar.py"])
+def test_what_is_not_installed_is_told_in_a_line(program):
+    command = [sys.executable, "-I", "-S", str(SCRIPT.with_name(program))]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert child.returncode == 2
+    (line,) = child.stderr.splitlines()
+    assert line.startswith(f"{program}: error: torch, ")
+    assert "pip install -e '.[bench]'" in line
+
+
+def test_a_python_that_is_too_old_is_told_in_a_line():
+    code = "import sys; sys.version_info = (3, 9, 2); import benchmarks"
+    child = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.append({ROOT!r}); {code}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert child.returncode == 2
+    (line,) = child.stderr.splitlines()
+    assert "Python 3.10 or newer is needed, this is 3.9.2" in line
+
+
+def test_more_threads_than_cores_are_told(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    status, text, err = call(*BRIEF3, "--out", "run")
+    assert status == 0
+    assert "1 at a time on 3 CPU threads each" in text
+    assert "3 threads are more than the cores here (1)" in err
+
+
+def test_a_full_disk_of_temporary_files_is_told_in_a_line(monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/agm-1")
+
+    monkeypatch.setattr(compare, "load_task", full)
+    line = complaint(*BRIEF, "--out", "run")
+    assert "No space left on device: '/tmp/agm-1'" in line
+    assert "free some space" in line
 
 
 def test_interrupted_before_the_training(monkeypatch):
@@ -874,14 +951,21 @@ def unbroken(cache, tmp_path_factory):
     return make
 
 
-def progress(stderr: Path) -> int:
-    """The last step that the progress bar shows."""
-    shown = re.findall(rf" (\d+)/{STEPS} \[", stderr.read_text(errors="replace"))
-    return int(shown[-1]) if shown else 0
+def saved(run: Path) -> int:
+    """The step of a run's newest checkpoint, which is damaged for as long as it is not there."""
+    with contextlib.suppress(CheckpointError):
+        return checkpoints.load(run)["trainer"]["step"]
+    return 0
 
 
-def stop(number: signal.Signals, home: Path, argv: Sequence[str]) -> tuple[int, str, str]:
-    """Run the command as a user would, and send it a signal in the midst of the training."""
+def stop(
+    number: signal.Signals, home: Path, argv: Sequence[str], run: Path
+) -> tuple[int, str, str]:
+    """Run the command as a user would, and send it a signal in the midst of the training.
+
+    Args:
+        run: the checkpoint that tells how far it is.
+    """
     out, err = home / "stdout", home / "stderr"
     with out.open("w") as stdout, err.open("w") as stderr:
         child = subprocess.Popen(
@@ -890,7 +974,7 @@ def stop(number: signal.Signals, home: Path, argv: Sequence[str]) -> tuple[int, 
         )  # fmt: skip
         try:
             deadline = time.monotonic() + 600
-            while progress(err) < CAUGHT and child.poll() is None and time.monotonic() < deadline:
+            while saved(run) < CAUGHT and child.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.02)
             assert child.poll() is None, err.read_text()
             child.send_signal(number)
@@ -921,7 +1005,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(method, number, unbrok
     argv = ("--baseline", method, *LONG, "--resume")
     counted = f"{number.name} in compare.py"
     campaign.count(counted, runs=1)
-    status, text, err = stop(number, home, argv)
+    status, text, err = stop(number, home, argv, out / f"{cell}.run")
     assert not list(out.glob(f"{cell}.json"))
     if number == signal.SIGKILL:
         assert status == -number
@@ -953,7 +1037,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(method, number, unbrok
 ENDLESS = """
 import os, signal, sys
 from baselines.training.trainer import Trainer
-from benchmarks import compare
+from benchmarks import compare, progress
 
 step, steps = Trainer.step, []
 arrived, writing = os.pipe()

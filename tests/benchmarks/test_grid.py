@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from baselines import Interrupted
-from benchmarks import grid
+from benchmarks import grid, progress
 from benchmarks.errors import UsageError
 from benchmarks.grid import claimed, number_of_jobs, shared, side_by_side
 from benchmarks.process import Stop
@@ -54,6 +54,10 @@ def toy(job, stop):
                 while not stop():
                     time.sleep(0.01)
                 raise Interrupted("stopped after step 3")
+            case ["step", *_]:
+                with progress.of_run(2, cell["name"]) as bar:
+                    bar.update()
+                    time.sleep(1)
             case ["hang", pid]:
                 Path(pid).write_text(str(os.getpid()))
                 while True:
@@ -87,6 +91,15 @@ def test_every_cell_is_run_once_in_processes_of_one_thread():
     assert {row["job"] for row in found.values()} == {0, 1}
     assert len({row["pid"] for row in found.values()} | {os.getpid()}) == 3
     assert {row["threads"] for row in found.values()} == {1}
+
+
+def test_what_runs_is_told_while_it_runs():
+    seen = []
+    running = side_by_side(cells("step-1", "step-2", "step-3"), 2, toy, lambda: False, seen.append)
+    assert len(list(running)) == 3
+    assert any(steps.keys() == {"step-1", "step-2"} for steps in seen)
+    assert {text for steps in seen for text in steps.values()} == {"", "0/2"}
+    assert seen[-1] == {}
 
 
 def test_a_killed_process_takes_its_cell_with_it_and_no_other():
@@ -257,8 +270,11 @@ def test_jobs_give_what_one_after_the_other_gives(home):
     assert same_runs(home, "one", "two")
     assert "Reproduce: python benchmarks/compare.py" in text
     lines = (home / "stderr").read_text().splitlines()
-    assert all(re.match(r"\[\d/4\] gdfq-w3a3-\w+-seed\d: \d/8 \[\S+<\S+, ", line) for line in lines)
-    assert len({line.split(":")[0] for line in lines}) == 4
+    ended = [
+        re.match(r"\[(\d)/4\] (gdfq-w3a3-\w+-seed\d): .* after \d+ s$", line) for line in lines
+    ]
+    assert [line[1] for line in ended] == list("1234")
+    assert len({line[2] for line in ended}) == 4
     assert {path.name for path in (home / "one").iterdir()} == {
         path.name for path in (home / "two").iterdir()
     }

@@ -113,8 +113,8 @@ def test_table():
     for part in ("+AGM", "94.00 ± 1.73", "+2.00 [-0.48, +4.48], n=3", "11.00 ± 1.00"):
         assert part in agm
     assert "4.00 ± 0.00" in agm  # steps/s
-    values = column(head, agm, "movement"), column(head, agm, "similarity")
-    assert values == ("0.25 ± 0.00", "0.40 ± 0.00")
+    values = column(head, agm, "movement % ↑"), column(head, agm, "similarity ↓")
+    assert values == ("25.00 ± 0.00", "0.40 ± 0.00")
     assert column(head, agm, "ONNX file") == column(head, agm, "in integers") == "n/a"
 
 
@@ -197,7 +197,7 @@ def test_a_run_of_a_single_record_has_no_movement(missing):
     one = cell(history=[{"step": 1, "batch_similarity": 0.5, "feature_movement": missing}])
     head, (row,) = lines_of([one])
     assert "nan" not in row.lower()
-    values = column(head, row, "movement"), column(head, row, "similarity")
+    values = column(head, row, "movement % ↑"), column(head, row, "similarity ↓")
     assert values == ("n/a", "0.50 ± n/a")
 
 
@@ -263,10 +263,10 @@ def test_picture_of_failures_alone_and_without_accuracies(tmp_path):
 
 def test_mosaic_lays_the_first_images_out_in_rows():
     images = np.stack([np.full((2, 3, 1), i / 100) for i in range(10)])
-    got = report.mosaic(images, side=2)
-    assert got.shape == (2 * 3, 2 * 4, 1)
-    levels = [got[y, x, 0] for y in (0, 3) for x in (0, 4)]
-    assert levels == pytest.approx([0.0, 0.01, 0.02, 0.03])
+    got = report.mosaic(images, rows=2, columns=3)
+    assert got.shape == (2 * 3, 3 * 4, 1)
+    levels = [got[y, x, 0] for y in (0, 3) for x in (0, 4, 8)]
+    assert levels == pytest.approx([0.0, 0.01, 0.02, 0.03, 0.04, 0.05])
     assert (got[2] == 1).all()  # the line between
     assert (got[:, 3] == 1).all()
 
@@ -274,26 +274,63 @@ def test_mosaic_lays_the_first_images_out_in_rows():
 def test_mosaic_averages_large_images():
     blocks = np.random.default_rng(0).random((4, 50, 50, 3))  # of 3 x 3 pixels, and an odd rest
     images = np.pad(blocks.repeat(3, 1).repeat(3, 2), ((0, 0), (0, 2), (0, 1), (0, 0)))
-    got = report.mosaic(images, side=2)
+    got = report.mosaic(images, rows=3, columns=2)  # no third row
     assert got.shape == (2 * 51, 2 * 51, 3)
     assert np.allclose(got[51:-1, :50], blocks[2])
 
 
-def test_every_panel_tells_its_arms_apart(monkeypatch, tmp_path):
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """(cells, names of those with images) -> the figure, not saved."""
     from matplotlib.figure import Figure
 
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, p, **_: (drawn.append(self), p.touch()))
+    def draw(cells, names=()):
+        found = []
+        monkeypatch.setattr(Figure, "savefig", lambda self, p, **_: (found.append(self), p.touch()))
+        images = dict.fromkeys(names, np.zeros((64, 8, 8, 1)))
+        report.picture(cells, images, tmp_path / "report.png", title="")
+        return found[0]
+
+    return draw
+
+
+def test_a_picture_without_accuracies_tells_its_arms_apart(drawn):
     cells = [cell(arm, 0, accuracy_fp=None) for arm in ("none", "both")]
     for c in cells:
         for row in c["history"]:
             row.pop("accuracy", None)
-    report.picture(cells, {}, tmp_path / "report.png", title="")
-    accuracy, *others = drawn[0].axes[:3]
+    figure = drawn(cells)
+    accuracy, movement, similarity = figure.axes[:3]
     assert [t.get_text() for t in accuracy.texts] == ["n/a, no evaluation images"]
-    assert len(others) == 2
-    for axis in others:
-        assert [t.get_text() for t in axis.get_legend().get_texts()] == ["baseline", "+AGM"]
+    for axis in (movement, similarity):
+        assert len({line.get_color() for line in axis.lines}) == 2
+    (legend,) = figure.subfigs[0].legends
+    assert [t.get_text() for t in legend.get_texts()] == ["gdfq W3A3 baseline", "gdfq W3A3 +AGM"]
+
+
+def test_five_panels_for_any_grid(drawn):
+    cells = [
+        cell(arm, seed, name=f"{method}-{bits}-{arm}-{seed}", method=method, weight_bits=bits)
+        for method in ("gdfq", "qimera", "adadfq")
+        for bits in (2, 3)
+        for arm in ("both", "none", "loss")
+        for seed in (0, 1)
+    ]
+    figure = drawn(cells, [c["name"] for c in cells])
+    assert len(figure.axes) == 5
+    assert all(axis.get_xlabel() and axis.get_ylabel() for axis in figure.axes[:3])
+    titles = [axis.get_title() for axis in figure.axes]
+    assert all(titles)
+    name = "Generated images: gdfq W2A3 "
+    assert titles[3:] == [f"{name}baseline, seed 0", f"{name}+AGM, seed 0"]
+    for axis in figure.axes[1:3]:
+        assert len({(line.get_color(), line.get_linestyle()) for line in axis.lines}) == 18
+
+
+def test_movement_is_drawn_in_the_tables_unit(drawn):
+    _, movement, *_ = drawn([cell()]).axes
+    assert movement.lines[0].get_ydata() == pytest.approx([50, 100 / 3, 25])
+    assert "%" in movement.get_ylabel()
 
 
 # JSON
