@@ -298,11 +298,11 @@ def test_no_classifier_to_start_from(teacher, shape):
 # Generators
 
 
-def make(name, size=8, classes=4, channels=3):
+def make(name, size=8, classes=4, channels=3, **settings):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         shape = (channels, size, size)
-        return SMALL[name].make_generator(Tiny(classes=classes), classes, shape)
+        return replace(SMALL[name], **settings).make_generator(Tiny(classes=classes), classes, shape)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -320,9 +320,13 @@ def test_images_are_standardised(name, size, channels):
 
 
 @pytest.mark.parametrize("name", ["gdfq", "adadfq"])
-@pytest.mark.parametrize("size", [8, 68])
-def test_each_image_has_its_own_label(name, size):
-    generator = make(name, size).train()
+@pytest.mark.parametrize(
+    ("size", "many", "conditional"),
+    [(8, None, False), (68, None, True), (8, 4, True), (8, 5, False), (68, 5, True)],
+)
+def test_each_image_has_its_own_label(name, size, many, conditional):
+    generator = make(name, size, many_classes=many).train()
+    assert (generator.embedding is None) == conditional
     (z, y), labels = generator.sample(3, rng(0))
     assert torch.equal(y, labels)
     with torch.no_grad():
