@@ -25,8 +25,7 @@ class Recipe:
         student_lr, generator_lr: peak rates (the generator's optimizer is Adam, betas 0.5/0.999).
         schedule: ``"steps"``, x0.1 at each of ``milestones``; ``"cosine"`` to 0; ``"constant"``.
         milestones: shares of the steps (default: each quarter, as published for CIFAR).
-        move: mirror half of the generated images and shift them all by up to an eighth, before
-            anything looks at them.
+        shift: the generated images of a step by up to an eighth, before anything looks at them.
         layer_weight: of the layers' distance in the student's loss, which falls as the learning
             rates do, see :mod:`baselines.training.layers`; 0 for none.
         activations, ste, range_estimator, learned_steps, fold_batch_norm: see
@@ -41,7 +40,7 @@ class Recipe:
     student_lr: float
     generator_lr: float
     schedule: str
-    move: bool
+    shift: bool
     layer_weight: float
     activations: str
     ste: str

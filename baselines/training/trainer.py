@@ -2,7 +2,7 @@
 
     for step in range(recipe.steps):
         latents, labels = generator.sample()
-        images = moved(generator(latents))                     # recipe.move: mirrored, shifted
+        images = shifted(generator(latents))                   # if the recipe says so
         p = teacher(images)                                    # BNS is collected on the way
         terms = method.generator_terms(images, labels, p, bns, student)
         terms += hook.generator_loss(images, p, student)       # hook point 1, after the warm-up
@@ -49,9 +49,9 @@ from baselines.quantization.tracing import traced
 from baselines.training.bn_stats import batch_norm_statistics, normalising_layers
 from baselines.training.input_range import InRange, input_range
 from baselines.training.layers import Layers
-from baselines.training.moved import draw_moves, moved
 from baselines.training.parallel import ALONE, Ranks, running_statistics
 from baselines.training.recipe import Recipe
+from baselines.training.shifted import draw_shift, shifted
 
 # Held while the global random generator, which all threads share, is seeded or put back.
 GLOBAL_RNG = threading.Lock()
@@ -165,7 +165,7 @@ class Trainer:
             self.generator, self.student
         )
         self.rng = torch.Generator(self.device).manual_seed(seed)
-        self.moves_rng = torch.Generator().manual_seed(seed)
+        self.shifts_rng = torch.Generator().manual_seed(seed)
         self.step_count = 0
         # While it is 1 the fused optimizers skip their updates, on the device.
         self.found_inf = torch.zeros((), device=self.device)
@@ -203,7 +203,7 @@ class Trainer:
             weights_quantized_once(self.student),
             self.compared.collected() if compared else nullcontext(),
         ):
-            generated = self._moved(self._run(self.generator, *latents))
+            generated = self._shifted(self._run(self.generator, *latents))
             images = generated.detach().requires_grad_()
             student = Remembered(lambda x: self._run(self.student, x).float())
             teacher_logits, generator_terms = self._generator_terms(images, labels, student)
@@ -285,12 +285,11 @@ class Trainer:
             terms["layers"] = weight * self.compared.distance()
         return terms
 
-    def _moved(self, images: Tensor) -> Tensor:
-        """This rank's images, :func:`moved` if the recipe says so."""
-        if not self.recipe.move:
+    def _shifted(self, images: Tensor) -> Tensor:
+        """The images, shifted if the recipe says so."""
+        if not self.recipe.shift:
             return images
-        mirror, *shift = draw_moves(self.recipe.batch_size, images.shape[-1], self.moves_rng)
-        return moved(images, (self.ranks.part(mirror), *shift))
+        return shifted(images, *draw_shift(images.shape[-1], self.shifts_rng))
 
     def _watch(self, terms: dict[str, Tensor]) -> None:
         """Stop all updates from the first loss on that is not finite; tell of it when asked."""
@@ -346,7 +345,7 @@ class Trainer:
             "generator_optimizer": self.generator_optimizer.state_dict(),
             "student_optimizer": self.student_optimizer.state_dict(),
             "rng": self.rng.get_state(),
-            "moves_rng": self.moves_rng.get_state(),
+            "shifts_rng": self.shifts_rng.get_state(),
             "hooks": [hook.state_dict() for hook in self.hooks],
         }
 
@@ -360,7 +359,7 @@ class Trainer:
         for name in ("generator", "student", "generator_optimizer", "student_optimizer"):
             getattr(self, name).load_state_dict(state[name])
         self.rng.set_state(state["rng"])
-        self.moves_rng.set_state(state["moves_rng"])
+        self.shifts_rng.set_state(state["shifts_rng"])
         for hook, hook_state in zip(self.hooks, state["hooks"], strict=True):
             hook.load_state_dict(hook_state)
         self.step_count = state["step"]

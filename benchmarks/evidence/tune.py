@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from agm import AGM, AgmError, Hook
 from baselines import METHODS
-from baselines.training.moved import draw_moves, moved
+from baselines.training.shifted import draw_shift, shifted
 from baselines.training.trainer import Trainer
 from benchmarks import compare
 from benchmarks.errors import UsageError
@@ -52,8 +52,10 @@ class RealImages:
 
     def student_batch(self, *, images: Tensor, labels: Tensor | None = None) -> Any:
         chosen = torch.randint(len(self.images), (len(images),), generator=self.rng)
-        moves = draw_moves(len(images), images.shape[-1], self.rng)
-        batch = moved(self.images[chosen], moves)
+        mirrored = torch.rand(len(images), 1, 1, 1, generator=self.rng) < 0.5
+        batch = self.images[chosen]
+        batch = torch.where(mirrored, batch.flip(3), batch)
+        batch = shifted(batch, *draw_shift(batch.shape[-1], self.rng))
         return batch.to(images.device), self.labels[chosen].to(images.device)
 
 

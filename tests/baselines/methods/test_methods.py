@@ -302,7 +302,9 @@ def make(name, size=8, classes=4, channels=3, **settings):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         shape = (channels, size, size)
-        return replace(SMALL[name], **settings).make_generator(Tiny(classes=classes), classes, shape)
+        return replace(SMALL[name], **settings).make_generator(
+            Tiny(classes=classes), classes, shape
+        )
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -28,7 +28,7 @@ HOOKS = {
     "both": lambda: (AGM(interval=2),),
 }
 WARMUP, OBSERVE, STEPS = 3, 2, 7
-QUICK = {"move": True, "layer_weight": 1.0, "ste": "clipped", "learned_steps": True}  # a recipe's
+QUICK = {"shift": True, "layer_weight": 1.0, "ste": "clipped", "learned_steps": True}  # a recipe's
 
 contract = pytest.mark.parametrize(("method", "hooks"), list(itertools.product(METHODS, HOOKS)))
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -290,8 +290,8 @@ def test_the_student_learns_the_teachers_answers_to_its_images(method, change):
 
 
 @contract
-def test_moves_layers_and_learned_steps(method, hooks):
-    """The warm-up's images are moved too; the layers count once the student trains."""
+def test_shifts_layers_and_learned_steps(method, hooks):
+    """The warm-up's images are shifted too; the layers count once the student trains."""
     trainer, plain = make(method, hooks, **QUICK), make(method, hooks)
     assert trainer.step()["G/bns"] != plain.step()["G/bns"]
     warm = train(trainer, WARMUP - 1)
