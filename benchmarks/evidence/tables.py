@@ -178,8 +178,8 @@ def earlier(folder: Path) -> str:
         return ""
     return (
         f"\n\n{present.count(False)} of the {len(present)} runs behind this table are of an "
-        "earlier recipe, whose activations were quantized behind ReLUs alone "
-        "(`--activations relu`)."
+        "earlier recipe: activations were quantized behind ReLUs alone (`--activations relu`), "
+        "their steps were not learned, and the student followed its teacher's logits alone."
     )
 
 
