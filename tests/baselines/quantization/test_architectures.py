@@ -95,19 +95,22 @@ def falls(losses):
 def losses_of_training(net, size, rate):
     """Of the student at W3A3, from one step to the next, on the same images throughout."""
     method, recipe = gdfq.quick(size)
+    recipe = replace(recipe, steps=13, batch_size=8, warmup=0.1, observe=0.1, student_lr=rate,
+                     generator_lr=1e-6, schedule="constant", shift=False)  # fmt: skip
     trainer = Trainer(
         net,
         method=replace(method, width=8, latent_dim=8),
-        recipe=replace(recipe, steps=13, batch_size=8, warmup=0.1, observe=0.1, student_lr=rate,
-                       generator_lr=1e-6, schedule="constant"),
-        config=QuantizationConfig(
-            3, 3, "inputs", ste="clipped", range_estimator="mse", fold_batch_norm=True
-        ),
+        recipe=recipe,
+        config=recipe.config(3, 3),
         image_shape=(3, size, size),
-        input_mean=0.0, input_std=1.0,
+        input_mean=0.0,
+        input_std=1.0,
         precision="fp32",
-    )  # fmt: skip
+    )
     trainer.step()
     fixed = trainer.generator.sample(8, trainer.rng)
     trainer.generator.sample = lambda *_: fixed
-    return [trainer.step()["Q/kd"].item() for _ in range(12)]
+    return [
+        sum(term.item() for name, term in trainer.step().items() if name.startswith("Q/"))
+        for _ in range(12)
+    ]
