@@ -28,7 +28,7 @@ class Layers:
 
     Attributes:
         names: of the layers; the network's last one, whose outputs the logits are, is not among
-            them.
+            them, and a network of one layer has none.
     """
 
     def __init__(self, teacher: fx.GraphModule, student: fx.GraphModule) -> None:

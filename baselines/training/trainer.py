@@ -198,10 +198,10 @@ class Trainer:
         self.student_optimizer.param_groups[0]["lr"] = self.recipe.student_lr * factor
         latents, labels = self.generator.sample(self.recipe.batch_size, self.rng)
         latents, labels = tuple(map(self.ranks.part, latents)), self.ranks.part(labels)
-        compared = self.recipe.layer_weight > 0 and not self.warming_up
+        compare = self._layer_weight > 0 and not self.warming_up
         with (
             weights_quantized_once(self.student),
-            self.compared.collected() if compared else nullcontext(),
+            self.compared.collected() if compare else nullcontext(),
         ):
             generated = self._shifted(self._run(self.generator, *latents))
             images = generated.detach().requires_grad_()
@@ -281,9 +281,15 @@ class Trainer:
         terms = self.method.student_terms(
             student_logits=student(batch), teacher_logits=teacher_logits, labels=labels
         )
-        if weight := self.recipe.layer_weight * self.recipe.factor(self.step_count):
-            terms["layers"] = weight * self.compared.distance()
+        if self._layer_weight > 0:
+            terms["layers"] = self._layer_weight * self.compared.distance()
         return terms
+
+    @property
+    def _layer_weight(self) -> float:
+        """Of the layers' distance in this step; 0 where there is no layer to compare."""
+        weight = self.recipe.layer_weight * self.recipe.factor(self.step_count)
+        return weight if self.compared.names else 0.0
 
     def _shifted(self, images: Tensor) -> Tensor:
         """The images, shifted if the recipe says so."""

@@ -17,7 +17,7 @@ from baselines.errors import CheckpointError, ConfigError, NonFiniteLossError
 from baselines.methods import gdfq
 from baselines.training.parallel import ALONE
 from baselines.training.trainer import Remembered, Trainer, resolve_precision
-from tests.baselines import Tiny, bits, images, same_state, weights
+from tests.baselines import Tiny, bits, fill, images, same_state, weights
 
 SMALL = {name: replace(module.paper(8)[0], width=4, latent_dim=6)
          for name, module in METHODS.items()}  # fmt: skip
@@ -303,6 +303,12 @@ def test_shifts_layers_and_learned_steps(method, hooks):
     assert all(gains)
     assert not any(m._forward_hooks for m in trainer.student.modules())
     assert not any(m._forward_hooks for m in trainer.teacher.modules())
+
+
+def test_a_network_of_one_layer_has_no_layers_to_compare():
+    teacher = fill(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 4)), 0)
+    trainer = make(teacher=teacher, config={"activations": "inputs"}, **QUICK)
+    assert all("Q/layers" not in row for row in train(trainer))
 
 
 # Not AdaDFQ with the loss: the two terms' gradients at the student's logits are added in another
