@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import benchmarks
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("agm", "baselines", "benchmarks", "tests")
 FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE")
@@ -81,3 +83,11 @@ def test_another_package_of_the_name_is_told(tmp_path):
     assert last.startswith("ImportError: ")
     assert str(tmp_path) in last
     assert "`pip uninstall agm; pip install -e .`" in last
+
+
+def test_what_a_program_asks_for_is_the_extra():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {"sklearn": "scikit-learn", "PIL": "pillow"}
+    asked = {named.get(name, name) for name in benchmarks.NEEDED}
+    assert asked == {"torch", *project["optional-dependencies"]["bench"]}
