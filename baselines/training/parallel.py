@@ -2,11 +2,11 @@
 
 All draw the whole batch's latents from one seed and keep their part; gradients are averaged, so all
 take the same step. A method's and a hook's losses are means over the rank's part, whose average is
-that of the whole batch; AdaDFQ's least entropy and AGM's margin and weight are the part's own (the
-margin's and the weight's running averages are averaged in turn). BNS compares the moments of the
-whole batch, and ranges are observed on all of it. The generator's BatchNorms normalise the whole
-batch on CUDA (SyncBatchNorm, which PyTorch has for no CPU) and each part by itself on the CPU,
-where their running statistics are averaged.
+that of the whole batch; AdaDFQ's least entropy, the layers' spread and AGM's margin and weight are
+the part's own (the margin's and the weight's running averages are averaged in turn). BNS compares
+the moments of the whole batch, and ranges are observed on all of it. The generator's BatchNorms
+normalise the whole batch on CUDA (SyncBatchNorm, which PyTorch has for no CPU) and each part by
+itself on the CPU, where their running statistics are averaged.
 """
 
 import os
