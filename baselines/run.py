@@ -4,15 +4,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from agm import DiversityProbe, Hook
+from baselines import methods
 from baselines.errors import CheckpointError, ConfigError
-from baselines.methods import adadfq, gdfq, qimera
 from baselines.quantization import checkpoint
 from baselines.quantization.copying import image_channels
 from baselines.quantization.export import Exported, export_onnx
@@ -22,7 +24,10 @@ from baselines.training.parallel import ALONE, Ranks
 from baselines.training.recipe import Recipe
 from baselines.training.trainer import GLOBAL_RNG, Trainer
 
-METHODS = {"gdfq": gdfq, "qimera": qimera, "adadfq": adadfq}
+METHODS = {
+    found.name: import_module(f"{methods.__name__}.{found.name}")
+    for found in iter_modules(methods.__path__)
+}
 RECIPES = ("quick", "paper")
 
 
@@ -103,6 +108,14 @@ def quantize(
 ) -> Result:
     """Quantize a trained classifier without data.
 
+    ``paper`` trains as the methods' papers say (80,000 steps) and quantizes what comes out of
+    ReLUs; the methods' docstrings name what differs. ``quick`` is ours, for two CPU cores: every
+    tensor that a Conv or Linear reads is quantized, with 8 bits for the image, averages and the
+    last layer's input and ``act_bits`` for the rest; the activations' steps are learned (Esser et
+    al., ICLR 2020), every third layer of the student follows the teacher's, images of 32 pixels and
+    more are shifted, and from 50 classes on the label enters the generator's BatchNorms (chosen in
+    ``benchmarks/evidence/results/ablation.md``).
+
     Args:
         teacher: images (N, C, s, s) -> logits, with BatchNorm, Conv, Linear and ReLU; untouched.
         method: ``"gdfq"``, ``"qimera"`` or ``"adadfq"``.
@@ -111,7 +124,7 @@ def quantize(
         image_size: s, a multiple of 4.
         in_channels: C, of the images (default: that of the first convolution that runs, which is
             wrong for a network that repeats grey images to three channels inside).
-        recipe: ``"quick"``, or ``"paper"`` for the published settings.
+        recipe: ``"quick"`` or ``"paper"``.
         steps, batch_size: in place of the recipe's; the proportions of the schedule stay.
         activations: which are quantized, in place of the recipe's: ``"inputs"`` (``quick``), all
             that weighted layers read, or ``"relu"`` (``paper``), what comes out of ReLUs.

@@ -4,6 +4,18 @@
 
 Without --model it runs on scikit-learn's handwritten digits and needs nothing but the install.
 
+--pretrained loads a library's own weights, which torchvision and timm download; without a network
+pass a downloaded file by --weights (torchvision's keep their file name). Resize, crop,
+interpolation, mean, deviation and classes are then those that the library evaluates them with,
+timm's at the size of training; --image-size, --resize, --mean and --std override them. The weights
+of README's ResNet-20 are akamaster's (github.com/akamaster/pytorch_resnet_cifar10,
+resnet20-12fca82f.th, BSD-2), whose images have ImageNet's mean and deviation, the default.
+
+--data is an ImageFolder. Decoded images of up to 512 MiB stay in memory; more are read anew in
+every pass: 50,000 JPEGs of 256 pixels took 0.9 GiB, and 0.4 in a process that decodes. Images of
+more than 2^24 pixels in all, such as 1,000 of 224, judge the network only straight after
+quantization and at the end, or every --eval-every steps. Above 20 classes top-5 is reported too.
+
 Under torchrun, with an --out that all see, the ranks share the runs out among them:
 
     torchrun --nnodes 2 --nproc-per-node 4 ... benchmarks/compare.py --out FOLDER ...
@@ -38,7 +50,7 @@ from joblib import cpu_count
 from torch import Tensor
 from tqdm import tqdm
 
-from agm import AGM, AgmError
+from agm import AGM, AgmError, Hook
 from baselines import METHODS, RECIPES, Interrupted, Result, quantize
 from baselines.quantization import checkpoint
 from baselines.quantization.checkpoint import fingerprint
@@ -52,6 +64,7 @@ from benchmarks.grid import claimed, number_of_jobs, one_thread, shared, side_by
 from benchmarks.process import Stop, locked, replacing
 from benchmarks.provenance import provenance
 from benchmarks.report import Cell
+from benchmarks.task.real_images import RealImages
 from benchmarks.task.task import Task, load_task
 
 # The digits' images have 16 times fewer pixels than CIFAR's and need fewer steps.
@@ -112,8 +125,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("how").add_argument
     add("--baseline", nargs="+", default=["gdfq"], choices=[*METHODS, "all"], metavar="METHOD",
         help=f"{', '.join(METHODS)} or all (gdfq)")
-    add("--with-agm", nargs="*", choices=report.ARMS[1:], metavar="PART",
+    add("--with-agm", nargs="*", choices=report.PARTS, metavar="PART",
         help="compare with the add-on: loss, interpolation, both, or several")
+    add("--with-real", action="store_true",
+        help="and with real images, half of --data's: the room there is")
     add("--bits", type=int, nargs="+", metavar="N",
         help="of weights and activations (3 4; digits 2 3)")
     add("--weight-bits", type=int, metavar="N", help="in place of --bits, with --act-bits")
@@ -132,7 +147,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(auto)")
     add("--jobs", type=int, metavar="N",
-        help="runs side by side, a CPU thread or a GPU each (-1: as fit)")
+        help="runs side by side, a thread or GPU each (-1: as fit)")
     add("--parallel", choices=["batch"],
         help="under torchrun: all ranks share each batch (else the runs)")
     add("--out", type=Path, metavar="FOLDER", help="(runs/MODEL-TIME)")
@@ -147,6 +162,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.arms = ["none"]
     if args.with_agm is not None:
         args.arms += dict.fromkeys(args.with_agm or ["both"])
+    if args.with_real:
+        args.arms.append("real")
     counts = (args.seeds, args.checkpoint_every, args.eval_every)
     if any(count is not None and count < 1 for count in counts):
         raise UsageError("--seeds, --checkpoint-every and --eval-every must be at least 1")
@@ -299,6 +316,8 @@ class Comparison:
         Returns:
             The bit policies.
         """
+        for arm in self.args.arms:
+            self._hook({"hooks": arm, "seed": 0})
         policies = {}
         for method in self.args.methods:
             for weight_bits, act_bits in self.args.widths:
@@ -414,10 +433,8 @@ class Comparison:
         return cell | dict.fromkeys(RESULTS) | known | self.full_precision
 
     def _quantize(self, cell: Cell, bar: tqdm) -> Result:
-        hooks = []
-        if cell["hooks"] != "none":
-            parts = {part: cell["hooks"] in (part, "both") for part in ("loss", "interpolation")}
-            hooks = [AGM(**parts, seed=cell["seed"])]
+        hook = self._hook(cell)
+        judge = hook if isinstance(hook, RealImages) else self.task
 
         def on_step(step: int, _terms: dict[str, Tensor]) -> None:
             if not bar.n:
@@ -429,12 +446,12 @@ class Comparison:
             method=cell["method"],
             weight_bits=cell["weight_bits"],
             act_bits=cell["act_bits"],
-            hooks=hooks,
+            hooks=[] if hook is None else [hook],
             image_size=self.task.inputs.image_size,
             seed=cell["seed"],
             **self._training(),
             ranks=self.partners,
-            evaluate=self.task.figures if self.task.images is not None else None,
+            evaluate=judge.figures if self.task.images is not None else None,
             eval_every=self.args.eval_every or self.task.eval_every(self.steps[cell["method"]]),
             checkpoint_path=self.out / f"{cell['name']}.run",
             checkpoint_every=self.args.checkpoint_every,
@@ -442,6 +459,15 @@ class Comparison:
             stop=self.stop,
             on_step=on_step,
         )
+
+    def _hook(self, cell: Cell) -> Hook | None:
+        """Of a cell's arm."""
+        if cell["hooks"] == "none":
+            return None
+        if cell["hooks"] == "real":
+            return RealImages(self.task, seed=cell["seed"])
+        parts = {part: cell["hooks"] in (part, "both") for part in ("loss", "interpolation")}
+        return AGM(**parts, seed=cell["seed"])
 
     def _save(self, cell: Cell, result: Result) -> Cell:
         """The quantized network, its images, and last the row, which says that all is there."""

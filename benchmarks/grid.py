@@ -36,7 +36,7 @@ def one_thread() -> None:
 
     OMP_NUM_THREADS=N, which PyTorch reads, makes it N.
     """
-    if "OMP_NUM_THREADS" not in os.environ:
+    if not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(1)
 
 

@@ -1,9 +1,9 @@
-"""README's tables and picture, rebuilt from benchmarks/evidence/results alone.
+"""README's table, the record's, and their pictures, from benchmarks/evidence/results alone.
 
     python benchmarks/evidence/tables.py
 
-Writes between the markers ``<!-- NAME -->`` and ``<!-- end -->`` of README.md, and
-benchmarks/evidence/results/proof.png.
+Writes between the markers ``<!-- NAME -->`` and ``<!-- end -->`` of README.md and of
+benchmarks/evidence/RECORD.md, and proof.png and earlier.png in benchmarks/evidence/results.
 """
 
 import argparse
@@ -21,11 +21,14 @@ from benchmarks.evidence.proof import is_present, setting
 from benchmarks.report import Cell
 
 ROOT = Path(__file__).resolve().parents[2]
+README, RECORD = ROOT / "README.md", Path(__file__).parent / "RECORD.md"
 RESULTS = Path(__file__).parent / "results"
+PROOF, EARLIER = RESULTS / "proof", RESULTS / "earlier"
 NAMES = {"gdfq": "GDFQ", "qimera": "Qimera", "adadfq": "AdaDFQ"}
 EQUAL_TIME = "resnet20-3960"
 SETTINGS = {
     "resnet20": "ResNet-20 {}",
+    "resnet20-1200": "ResNet-20, 1,200 steps, {}",
     EQUAL_TIME: "ResNet-20, equal time, {}",
     "resnet20-paper-4000": "ResNet-20, published recipe, {}",
     "digits-600": "digits {}",
@@ -58,6 +61,31 @@ def _order(item: tuple[tuple[str, int, int], Any]) -> tuple[int, int, int]:
     return (*bits, list(NAMES).index(method))
 
 
+def room_table(rows: list[Row]) -> str:
+    """What the add-on brings, and beside it what real images would, as Markdown.
+
+    All on the proof half; ``share`` is the add-on's part of the room.
+    """
+    lines = [
+        "| | baseline % | + AGM | real images, the room | share | n |",
+        "|---|---|---|---|---|---|",
+    ]
+    for title, arms in rows:
+        base = _runs([arms], "none", "accuracy_proof")
+        both, real = (
+            report.paired_difference(base, _runs([arms], arm, "accuracy_proof"))
+            for arm in ("both", "real")
+        )
+        if not both["n"] or not real["n"]:
+            continue
+        texts = [report.difference_text(d).rpartition(", n=")[0] for d in (both, real)]
+        counts = dict.fromkeys([len(base), both["n"], real["n"]])
+        line = [title, report.mean_std(list(base.values())), *texts]
+        line += [f"{100 * both['mean'] / real['mean']:.0f} %", ", ".join(map(str, counts))]
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines)
+
+
 def proof_table(rows: list[Row]) -> str:
     """Accuracy of the baseline and each arm's paired difference to it, as Markdown.
 
@@ -65,8 +93,9 @@ def proof_table(rows: list[Row]) -> str:
     pairs of each arm.
     """
     lines = [
-        "| | baseline, all images % | proof half % | + loss | + interpolation | **+ both** | n |",
-        "|---|---|---|---|---|---|---|",
+        "| | baseline, all images % | proof half % | + loss | + interpolation | **+ both** "
+        "| real images | n |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for setting_title, group in itertools.groupby(rows, lambda row: row[0].rpartition(" ")[0]):
         members = list(group)
@@ -77,22 +106,24 @@ def proof_table(rows: list[Row]) -> str:
 
 
 def _proof_line(title: str, methods: list[dict[str, list[Cell]]]) -> str:
-    def runs(arm: str, key: str) -> dict[tuple[int, int], float]:
-        found = [report.by_seed(arms.get(arm, []), key) for arms in methods]
-        return {(i, seed): v for i, by_seed in enumerate(found) for seed, v in by_seed.items()}
-
-    base, everywhere = runs("none", "accuracy_proof"), runs("none", "accuracy_last")
+    base, everywhere = (_runs(methods, "none", f"accuracy_{of}") for of in ("proof", "last"))
     means = [report.mean_std(list(v.values())) for v in (everywhere, base)]
     line = [title, *(means if len(methods) == 1 else ["", ""])]
     counts = [str(len(base))]
     for arm in report.ARMS[1:]:
-        last = runs(arm, "accuracy_proof")
+        last = _runs(methods, arm, "accuracy_proof")
         if len(methods) > 1 and len({i for i, _ in last}) < 2:
             last = {}  # nothing to put together
         text, _, n = report.difference_text(report.paired_difference(base, last)).rpartition(", n=")
         line.append(text if last else "")
         counts += [n] if last else []
     return "| " + " | ".join([*line, ", ".join(counts)]) + " |"
+
+
+def _runs(methods: list[dict[str, list[Cell]]], arm: str, key: str) -> dict[Any, float]:
+    """A figure of an arm, by method and seed."""
+    found = [report.by_seed(arms.get(arm, []), key) for arms in methods]
+    return {(i, seed): v for i, by_seed in enumerate(found) for seed, v in by_seed.items()}
 
 
 def speed_table(paths: list[Path]) -> str:
@@ -107,7 +138,7 @@ def speed_table(paths: list[Path]) -> str:
             times = {
                 k: f"{1e3 * v['seconds']:.0f} ± {1e3 * v['spread']:.0f}" for k, v in figures.items()
             }
-            cost = {k: f"{100 * figures[k]['over_baseline']:+.0f} %" for k in report.ARMS[1:]}
+            cost = {k: f"{100 * figures[k]['over_baseline']:+.0f} %" for k in report.PARTS}
             peaks = " / ".join(f"{figures[k]['peak_mib']:.0f}" for k in ("plain", "none", "both"))
             lines.append(
                 f"| {NAMES[method]}, {content['batch_size']} | {times['plain']} "
@@ -166,7 +197,7 @@ def fill(text: str, tables: dict[str, str]) -> str:
         between = f"\n\n{table}\n\n"
         text, count = re.subn(pattern, lambda m, b=between: m[1] + b + m[2], text, flags=re.DOTALL)
         if count != 1:
-            raise ValueError(f"README.md must have the markers of {name!r} once, found {count}")
+            raise ValueError(f"the file must have the markers of {name!r} once, found {count}")
     return text
 
 
@@ -178,8 +209,7 @@ def earlier(folder: Path) -> str:
         return ""
     return (
         f"\n\n{present.count(False)} of the {len(present)} runs behind this table are of an "
-        "earlier recipe: activations were quantized behind ReLUs alone (`--activations relu`), "
-        "their steps were not learned, and the student followed its teacher's logits alone."
+        "earlier recipe; their JSON names the commit."
     )
 
 
@@ -207,21 +237,27 @@ def deployed_table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def tables() -> dict[str, str]:
-    """Every table of README by the name of its marker."""
+def tables() -> dict[Path, dict[str, str]]:
+    """Every table by its file and the name of its marker."""
     return {
-        "deployed": deployed_table(RESULTS / "deployed.json"),
-        "proof": proof_table(proof_rows(RESULTS / "proof")) + earlier(RESULTS / "proof"),
-        "speed": speed_table([RESULTS / "speed-batch200.json", RESULTS / "speed-batch16.json"]),
+        README: {"room": room_table(proof_rows(PROOF)) + earlier(PROOF)},
+        RECORD: {
+            "proof": proof_table(proof_rows(PROOF)),
+            "earlier": proof_table(proof_rows(EARLIER)),
+            "deployed": deployed_table(RESULTS / "deployed.json"),
+            "speed": speed_table([RESULTS / "speed-batch200.json", RESULTS / "speed-batch16.json"]),
+        },
     }
 
 
 def main() -> None:
     description = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(description=__doc__, formatter_class=description).parse_args()
-    readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text(), tables()))
-    picture(proof_rows(RESULTS / "proof"), RESULTS / "proof.png")
+    for path, of_file in tables().items():
+        path.write_text(fill(path.read_text(), of_file))
+    for folder in (PROOF, EARLIER):
+        if rows := proof_rows(folder):
+            picture(rows, folder.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -16,47 +16,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from agm import AGM, AgmError, Hook
 from baselines import METHODS
-from baselines.training.shifted import draw_shift, shifted
 from baselines.training.trainer import Trainer
 from benchmarks import compare
 from benchmarks.errors import UsageError
 from benchmarks.provenance import provenance
-from benchmarks.task.task import halves, load_task
+from benchmarks.task.real_images import RealImages
+from benchmarks.task.task import load_task
 
 CURVE_STEPS = 150
-
-
-class RealImages:
-    """A hook that gives the student real images, mirrored and shifted by up to an eighth."""
-
-    def __init__(self, images: Tensor, labels: Tensor, *, seed: int) -> None:
-        self.images, self.labels = images, labels
-        self.rng = torch.Generator().manual_seed(seed)
-
-    def generator_loss(self, *, teacher_logits: Tensor, **_: Any) -> Tensor:
-        return teacher_logits.new_zeros(())
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rng": self.rng.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rng.set_state(state["rng"])
-
-    def student_batch(self, *, images: Tensor, labels: Tensor | None = None) -> Any:
-        chosen = torch.randint(len(self.images), (len(images),), generator=self.rng)
-        mirrored = torch.rand(len(images), 1, 1, 1, generator=self.rng) < 0.5
-        batch = self.images[chosen]
-        batch = torch.where(mirrored, batch.flip(3), batch)
-        batch = shifted(batch, *draw_shift(batch.shape[-1], self.rng))
-        return batch.to(images.device), self.labels[chosen].to(images.device)
 
 
 def settings(pairs: list[str]) -> dict[str, dict[str, Any]]:
@@ -104,10 +77,7 @@ def main(argv: list[str]) -> int:
         for seed in range(args.first_seed, args.first_seed + args.seeds):
             hooks: list[Hook] = [AGM(seed=seed, **changes["agm"])] if own.agm else []
             if own.ceiling:
-                labels = task.images.labels
-                tuning = halves(labels)["tuning"]
-                images = torch.cat([batch for batch, _ in task.images])[tuning]
-                hooks = [RealImages(images, labels[tuning], seed=seed)]
+                hooks = [RealImages(task, seed=seed)]
             trainer = Trainer(
                 task.teacher,
                 method=losses,

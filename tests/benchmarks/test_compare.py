@@ -344,6 +344,15 @@ def test_several_arms_and_bits_apart():
         assert len(re.findall(rf"^gdfq +W2A4 +{re.escape(name)} ", text, re.M)) == 1
 
 
+def test_real_images_show_the_room():
+    text = ok(*BRIEF3, "--with-agm", "--with-real", "--out", "run")
+    assert cells_of("run", "hooks") == [("none",), ("both",), ("real",)]
+    *_, real = load("run")["cells"]
+    assert real["accuracy_last"] == real["accuracy_proof"]
+    assert real["accuracy_tuning"] is None  # it has learned from them
+    assert len(re.findall(r"^gdfq +W3A3 +real images ", text, re.M)) == 1
+
+
 @pytest.mark.parametrize("arm", ["loss", "interpolation"])
 def test_a_part_of_the_add_on(arm, monkeypatch):
     started = spy(monkeypatch)
@@ -604,6 +613,7 @@ MISTAKES = {
         (*OWN, "--image-size", 32, "--resize", 28), ("resize must be >= image_size 32", "28"),
     ),
     "no evaluations": (("--eval-every", 0), ("--eval-every", "at least 1")),
+    "no real images": ((*OWN, "--with-real"), ("real images", "--data")),
     "half of the bits": (("--weight-bits", 4), ("--weight-bits", "--act-bits", "together")),
     "bits twice": (("--bits", 3, "--act-bits", 4), ("--bits", "--act-bits", "not both")),
     "resume what": (("--resume",), ("--resume needs --out",)),

@@ -83,7 +83,11 @@ def ends(names, jobs, stop=lambda: False):
     return found
 
 
-def test_every_cell_is_run_once_in_processes_of_one_thread():
+@pytest.mark.parametrize("threads", [None, ""], ids=["not said", "said to be nothing"])
+def test_every_cell_is_run_once_in_processes_of_one_thread(threads, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
     names = [f"cell-{i}" for i in range(8)]
     found = ends(names, 2)
     assert sorted(found) == names

@@ -118,6 +118,19 @@ def test_table():
     assert column(head, agm, "ONNX file") == column(head, agm, "in integers") == "n/a"
 
 
+def test_real_images_are_compared_where_they_are_judged():
+    cells = [
+        cell(seed=s) | {"accuracy_last": 70.0, "accuracy_proof": v} for s, v in ((0, 80), (1, 82))
+    ]
+    cells += [
+        cell("real", s) | {"accuracy_last": v, "accuracy_proof": v} for s, v in ((0, 84), (1, 86))
+    ]
+    _, (base, real) = lines_of(cells)
+    assert "70.00 ± 0.00" in base
+    for part in ("real images", "85.00 ± 1.41", "+4.00 [+4.00, +4.00], n=2"):
+        assert part in real
+
+
 def column(head, row, name):
     """What a row has under a heading."""
     return re.split(r"  +", row)[re.split(r"  +", head).index(name) - len(re.split(r"  +", head))]

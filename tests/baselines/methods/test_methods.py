@@ -26,8 +26,8 @@ from tests.baselines import Tiny, cross_entropy_of, entropy_of, images, kl_of, w
 from tests.baselines.strategies import logit_batches
 from tests.strategies import logit_pairs, rng, seeds
 
-SMALL = {"gdfq": GDFQ(width=8, latent_dim=6), "qimera": Qimera(width=8, latent_dim=6),
-         "adadfq": AdaDFQ(width=8, latent_dim=6)}  # fmt: skip
+SMALL = {name: replace(module.paper(8)[0], width=8, latent_dim=6)
+         for name, module in METHODS.items()}  # fmt: skip
 
 
 def total(terms):

@@ -1,7 +1,6 @@
 """README's tables: from JSON alone, and up to date."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,9 +41,9 @@ def test_proof_table(folder):
     half = stats.t.ppf(0.975, 2) * np.std([1.0, 0.5, 2.0], ddof=1) / 3**0.5
     mean = 3.5 / 3
     interval = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
-    want = f"| 79.00 ± 1.00 | 81.00 ± 1.00 | +0.00 n/a |  | {interval} | 3, 1, 3 |"
+    want = f"| 79.00 ± 1.00 | 81.00 ± 1.00 | +0.00 n/a |  | {interval} |  | 3, 1, 3 |"
     assert first == f"| ResNet-20 W3A3 GDFQ {want}"
-    assert second == "| digits W2A2 AdaDFQ | 95.00 ± n/a | 97.00 ± n/a |  |  |  | 1 |"
+    assert second == "| digits W2A2 AdaDFQ | 95.00 ± n/a | 97.00 ± n/a |  |  |  |  | 1 |"
 
 
 def test_the_pairs_of_several_methods_together(folder):
@@ -59,7 +58,17 @@ def test_the_pairs_of_several_methods_together(folder):
     differences = [1.0, 0.5, 2.0, 0.5, 2.0]  # GDFQ's three pairs, Qimera's two
     half = stats.t.ppf(0.975, 4) * np.std(differences, ddof=1) / 5**0.5
     interval = f"+1.20 [{1.2 - half:+.2f}, {1.2 + half:+.2f}]"
-    assert rows[2] == f"| ResNet-20 W3A3, together |  |  |  |  | {interval} | 5, 5 |"
+    assert rows[2] == f"| ResNet-20 W3A3, together |  |  |  |  | {interval} |  | 5, 5 |"
+
+
+def test_the_share_of_the_room(folder):
+    real = [cell("real", i, v) for i, v in enumerate([84.0, 84.0])]
+    grid(folder / "c.json", "--model resnet20 --with-real", real)
+    _, _, row = tables.room_table(tables.proof_rows(folder)).splitlines()
+    # The add-on's differences 1, 0.5, 2, real images' 4, 2.
+    assert row.startswith("| ResNet-20 W3A3 GDFQ | 81.00 ± 1.00 | +1.17 [")
+    assert "| +3.00 [" in row
+    assert row.endswith(f"| {100 * 3.5 / 3 / 3:.0f} % | 3, 2 |")
 
 
 def test_equal_time_is_a_longer_baseline_against_the_same_arm(folder):
@@ -100,7 +109,7 @@ def test_only_what_is_between_the_markers_changes():
 
 
 def test_runs_of_an_earlier_recipe_are_counted_beside_the_table(tmp_path):
-    path = next((tables.RESULTS / "proof").glob("resnet20-w3a3-gdfq.json"))
+    path = next(tables.EARLIER.glob("resnet20-w3a3-gdfq.json"))
     file = json.loads(path.read_text())
     now = compare.constants("quick", 32)
     for source in file["sources"]:
@@ -115,6 +124,7 @@ def test_runs_of_an_earlier_recipe_are_counted_beside_the_table(tmp_path):
     assert f"1 of the {len(file['cells'])} runs" in tables.earlier(tmp_path)
 
 
-def test_readme_is_up_to_date():
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
-    assert tables.fill(readme, tables.tables()) == readme
+@pytest.mark.parametrize("path", tables.tables(), ids=lambda path: path.name)
+def test_what_is_printed_is_up_to_date(path):
+    text = path.read_text()
+    assert tables.fill(text, tables.tables()[path]) == text

@@ -3,11 +3,10 @@
 import json
 
 import pytest
-import torch
 
 from benchmarks.evidence import tune
-from benchmarks.task import datasets, teachers
-from benchmarks.task.task import Task, halves
+from benchmarks.task import teachers
+from benchmarks.task.task import Task
 
 SHORT = ("--bits", "3", "--steps", "8", "--batch-size", "16", "--seeds", "2")
 
@@ -54,34 +53,12 @@ def test_what_is_set_counts(argv):
     assert [r["curve"] for r in rows(*argv)] != [r["curve"] for r in rows()]
 
 
-def test_real_images_are_those_of_the_tuning_half_moved():
-    images = torch.arange(5.0).view(5, 1, 1, 1) + torch.rand(5, 3, 16, 16) / 2
-    hook = tune.RealImages(images, torch.arange(5), seed=0)
-    shown = [hook.student_batch(images=torch.zeros(40, 3, 16, 16)) for _ in range(3)]
-    for batch, labels in shown:
-        assert batch.shape == (40, 3, 16, 16)
-        assert set(labels.tolist()) == set(range(5))
-        for image, label in zip(batch, labels, strict=True):
-            assert label <= image.min()
-            assert image.max() <= label + 0.5  # of this label's image, and moved as a whole
-            assert set(image.flatten().tolist()) <= set(images[label].flatten().tolist())
-    assert not torch.equal(shown[0][0], shown[1][0])
-    assert hook.generator_loss(images=batch, teacher_logits=torch.ones(2, 3), student=None) == 0
-
-
 def test_a_ceiling_is_judged_on_the_other_half(monkeypatch):
-    given = []
     figures = {"accuracy": 1.0, "accuracy_tuning": 2.0, "accuracy_proof": 3.0}
     monkeypatch.setattr(Task, "figures", lambda *_: figures)
-    hook = tune.RealImages
-    monkeypatch.setattr(tune, "RealImages", lambda *a, **kw: given.append(a) or hook(*a, **kw))
     for row in rows("--ceiling"):
         assert "accuracy_tune" not in row
         assert row["accuracy_proof"] == row["curve"][-1][1] == 3
-    _, _, images, labels = datasets.digits()
-    half = halves(labels)["tuning"]
-    assert len(given) == 2
-    assert all(torch.equal(x, images[half]) and torch.equal(y, labels[half]) for x, y in given)
 
 
 @pytest.mark.parametrize(
