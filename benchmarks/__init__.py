@@ -1,5 +1,6 @@
 """What a person runs. A program imports this first, which ends it where something is missing."""
 
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,3 +26,6 @@ def _refusal() -> str:
 if _why := _refusal():
     print(f"{Path(sys.argv[0]).name}: error: {_why}", file=sys.stderr)
     raise SystemExit(2)
+if Path(sys.argv[0]).resolve().is_relative_to(Path(__file__).resolve().parent):
+    # Ctrl-C while the libraries are imported, some seconds, ends a program without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

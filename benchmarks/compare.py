@@ -631,4 +631,5 @@ if __name__ == "__main__":
     # Not this copy of it, whose functions a job's process would not find.
     from benchmarks.compare import main
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -16,6 +16,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import benchmarks  # noqa: F401 - first, since it says what is missing
+
+# isort: split
 from benchmarks import report
 from benchmarks.evidence.proof import is_present, setting
 from benchmarks.report import Cell

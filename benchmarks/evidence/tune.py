@@ -16,9 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import trange
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import benchmarks  # noqa: F401 - first, since it says what is missing
+
+# isort: split
+from tqdm import trange
 
 from agm import AGM, AgmError, Hook
 from baselines import METHODS

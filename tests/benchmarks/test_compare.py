@@ -718,14 +718,31 @@ def test_an_output_folder_that_cannot_be(out):
     assert Path("nets.py").read_text() == NETS
 
 
-@pytest.mark.parametrize("program", ["compare.py", "cifar.py"])
+PROGRAMS = ["compare.py", "cifar.py", "speed.py"]
+PROGRAMS += [f"evidence/{name}.py" for name in ("deployed", "proof", "tables", "tune")]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_what_is_not_installed_is_told_in_a_line(program):
-    command = [sys.executable, "-I", "-S", str(SCRIPT.with_name(program))]
+    command = [sys.executable, "-I", "-S", str(SCRIPT.parent / program)]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     assert child.returncode == 2
     (line,) = child.stderr.splitlines()
-    assert line.startswith(f"{program}: error: torch, ")
+    assert line.startswith(f"{Path(program).name}: error: torch, ")
     assert "pip install -e '.[bench]'" in line
+
+
+def test_interrupted_while_torch_is_imported(home):
+    """Nothing is said; the one line that the program waits in is torch's, of a fake."""
+    (home / "torch.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(60)\n")
+    child = subprocess.Popen(
+        [sys.executable, str(SCRIPT)], env=os.environ | {"PYTHONPATH": str(home)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert child.stdout.readline() == "importing\n"
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (-signal.SIGINT, "")
 
 
 def test_a_python_that_is_too_old_is_told_in_a_line():
