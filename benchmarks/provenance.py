@@ -8,16 +8,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torchvision
 
 
 def provenance(device: str) -> dict[str, Any]:
     """``versions``, with the commit of this program, and ``machine``, as a report states them."""
-    packages = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
-    with contextlib.suppress(metadata.PackageNotFoundError):  # whether or not it was imported yet
-        packages["timm"] = metadata.version("timm")
+    packages = {"torch": torch.__version__}
+    for name in ("torchvision", "numpy", "timm"):  # whether or not they were imported yet
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            packages[name] = metadata.version(name)
     return {
         "versions": {"python": platform.python_version(), "commit": _commit()} | packages,
         "machine": {

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ def load_task(args: argparse.Namespace) -> Task:
     if num_classes is None:
         num_classes = 1000 if zoo else 10
         if args.data is not None:
-            num_classes = len(datasets.class_names(args.data))
+            num_classes = len(_folders().class_names(args.data))
     with torch.random.fork_rng(devices=[]):  # a factory may leave its weights random
         torch.default_generator.manual_seed(0)
         teacher, inputs = teachers.build_with_inputs(
@@ -133,11 +134,18 @@ def load_task(args: argparse.Namespace) -> Task:
         )
     images = None
     if args.data is not None:
-        images = datasets.image_folder(args.data, inputs, num_classes=num_classes)
+        images = _folders().image_folder(args.data, inputs, num_classes=num_classes)
     elif args.model == "digits":
         images = datasets.digits_images()
     teacher.to(args.device)
     return Task(teacher, inputs, images, args.device)
+
+
+def _folders() -> Any:
+    """Imported where it is used: torchvision takes as long as torch, and digits need none."""
+    from benchmarks.task import folders
+
+    return folders
 
 
 def chosen_inputs(args: argparse.Namespace, own: Inputs | None, channels: int) -> Inputs:

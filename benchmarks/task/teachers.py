@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from baselines.errors import CheckpointError
@@ -253,7 +252,9 @@ def _meant(model: str) -> str:
     if colon:
         close = [f"{k}:{name}" for k in difflib.get_close_matches(kind, LIBRARIES, n=1)]
     else:
-        listed = torchvision.models.list_models(module=torchvision.models)
+        from torchvision import models
+
+        listed = models.list_models(module=models)
         close = difflib.get_close_matches(model, OWN, n=1)
         close += [f"torchvision:{n}" for n in difflib.get_close_matches(model, listed, n=2)]
     return f" (did you mean {' or '.join(close)}?)" if close else ""

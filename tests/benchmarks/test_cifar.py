@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from benchmarks import cifar
-from benchmarks.task.datasets import Inputs, image_folder
+from benchmarks.task.datasets import Inputs
+from benchmarks.task.folders import image_folder
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
 FILENAMES = ["b.png", "a.png", "cat_s_1.png", "b.png", "e.png", "f.png"]

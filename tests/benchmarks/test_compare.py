@@ -34,6 +34,7 @@ from benchmarks import compare, progress
 from benchmarks.process import locked
 from benchmarks.task import datasets, teachers
 from benchmarks.task import task as tasks
+from benchmarks.task.folders import image_folder
 from benchmarks.task.networks import resnet20
 from tests import hostile
 from tests.baselines import same_state
@@ -412,7 +413,7 @@ def test_resnet20_with_weights_on_a_folder_of_images(weights, folder):
         {k.removeprefix("module."): v for k, v in torch.load(weights)["state_dict"].items()}
     )
     assert load("run")["settings"]["teacher_hash"] == fingerprint(model)
-    images = datasets.image_folder(folder, datasets.Inputs(32, 32))
+    images = image_folder(folder, datasets.Inputs(32, 32))
     assert cell["accuracy_fp"] == accuracy(model.eval(), images)
     quantized = load_quantized(Path("run", cell["checkpoint"]), resnet20())
     got = accuracy(quantized, images)
@@ -486,7 +487,7 @@ def test_the_halves_of_each_class(folder):
     ok("--model", "nets:cnn", "--data", folder, *BRIEF3, "--out", "run")
     (cell,) = load("run")["cells"]
     model = load_quantized(Path("run", cell["checkpoint"]), teachers.build("nets:cnn"))
-    hits = teachers.hits(model, datasets.image_folder(folder, datasets.Inputs(32, 32)))[:, 0]
+    hits = teachers.hits(model, image_folder(folder, datasets.Inputs(32, 32)))[:, 0]
     first, second = (100 * hits[start::2].float().mean().item() for start in (0, 1))
     assert cell["accuracy_tuning"] == pytest.approx(first, abs=10.1)  # one image
     assert cell["accuracy_proof"] == pytest.approx(second, abs=10.1)

@@ -11,18 +11,17 @@ import torch
 from PIL import Image
 
 from benchmarks.errors import DataError
-from benchmarks.task import datasets
+from benchmarks.task import datasets, folders
 from benchmarks.task.datasets import (
     DIGITS_MEAN,
     DIGITS_STD,
     IMAGENET_MEAN,
     IMAGENET_STD,
     Inputs,
-    class_names,
     digits,
     digits_images,
-    image_folder,
 )
+from benchmarks.task.folders import class_names, image_folder
 
 
 def write(path: Path, *, width: int = 8, height: int = 8, seed: int = 0, mode: str = "RGB") -> None:
@@ -289,8 +288,8 @@ def streaming(monkeypatch):
 
 def opened(monkeypatch):
     """Counts the files that are decoded in this process."""
-    read, files = datasets._read, []
-    monkeypatch.setattr(datasets, "_read", lambda *a: files.append(a[0]) or read(*a))
+    read, files = folders._read, []
+    monkeypatch.setattr(folders, "_read", lambda *a: files.append(a[0]) or read(*a))
     return files
 
 
@@ -334,11 +333,11 @@ def test_an_error_of_a_worker_is_the_same_line(many):
 BROKEN_OFF = """
 import sys
 from benchmarks.process import Stop
-from benchmarks.task import datasets
+from benchmarks.task import datasets, folders
 
 datasets.KEPT_BYTES, datasets._workers = 0, lambda: 2
 with Stop().listening():
-    batches = iter(datasets.image_folder(sys.argv[1], datasets.Inputs(8, 8)))
+    batches = iter(folders.image_folder(sys.argv[1], datasets.Inputs(8, 8)))
     next(batches)
     raise ValueError("in the midst of a pass")
 """

@@ -13,7 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 from baselines.quantization.checkpoint import fingerprint
 from benchmarks.errors import TeacherError
 from benchmarks.task import networks, teachers
-from benchmarks.task.datasets import Inputs, digits, image_folder
+from benchmarks.task.datasets import Inputs, digits
+from benchmarks.task.folders import image_folder
 from benchmarks.task.networks import resnet20
 from benchmarks.task.teachers import (
     build,
