@@ -154,7 +154,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on in --out with what is not finished there")
     add("--checkpoint-every", type=int, default=200, metavar="STEPS", help="(200)")
     add("--debug", action="store_true", help="show tracebacks")
-    add("-h", "--help", action="help", help="show this")
+    add("-h", "--help", action="help", help=argparse.SUPPRESS)
     # fmt: on
     args = parser.parse_args(argv)
     args.argv = argv
