@@ -329,10 +329,11 @@ def test_without_onnx_one_line_says_so(monkeypatch):
 def test_all_methods_at_two_widths():
     text = ok(*BRIEF, "--baseline", "all", "--bits", 2, 3, "--out", "run")
     got = cells_of("run", "method", "weight_bits", "act_bits")
-    assert sorted(got) == sorted((m, b, b) for m in ("gdfq", "qimera", "adadfq") for b in (2, 3))
+    assert sorted(got) == sorted((m, b, b) for m in METHODS for b in (2, 3))
     assert "Bit policy W2A2" in text
     assert "Bit policy W3A3" in text
-    assert len(re.findall(r"^(?:gdfq|qimera|adadfq) +W[23]A[23] +baseline", text, re.M)) == 6
+    names = "|".join(METHODS)
+    assert len(re.findall(rf"^(?:{names}) +W[23]A[23] +baseline", text, re.M)) == 2 * len(METHODS)
 
 
 def test_several_arms_and_bits_apart():
