@@ -14,7 +14,7 @@ import torch
 def provenance(device: str) -> dict[str, Any]:
     """``versions``, with the commit of this program, and ``machine``, as a report states them."""
     packages = {"torch": torch.__version__}
-    for name in ("torchvision", "numpy", "timm"):  # whether or not they were imported yet
+    for name in ("torchvision", "numpy", "timm", "onnxruntime", "openvino"):  # imported yet or not
         with contextlib.suppress(metadata.PackageNotFoundError):
             packages[name] = metadata.version(name)
     return {
