@@ -135,7 +135,11 @@ def previous(path: Path) -> Path:
 
 
 def save_quantized(model: fx.GraphModule, path: str | Path) -> None:
-    """Write a quantized network: its configuration, its images' shape and its state."""
+    """Write a quantized network: its configuration, its images' shape and its state.
+
+    Raises:
+        CheckpointError: the file cannot be written; one that was there is intact.
+    """
     save(
         path,
         {

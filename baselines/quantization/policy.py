@@ -25,18 +25,22 @@ class QuantizationConfig:
     """How the student is quantized.
 
     Args:
-        weight_bits, act_bits: 2 to 8.
+        weight_bits, act_bits: 2 to 8 (default 3).
         activations: ``"inputs"``, every tensor that a Conv or Linear reads, once, where it is made
             (the default); or ``"relu"``, what comes out of a ReLU or ReLU6 alone, as published.
-        scheme: ``"asymmetric"``, or ``"symmetric"``: all zero points are 0.
-        ste: straight-through gradient of the activations, ``"identity"`` or ``"clipped"``.
-        range_estimator: of the activations, ``"max"``, ``"percentile"`` or ``"mse"``.
+        scheme: ``"asymmetric"`` (default), or ``"symmetric"``: all zero points are 0.
+        ste: straight-through gradient of the activations, ``"identity"`` (default) or
+            ``"clipped"``; see :func:`baselines.quantization.quantizers.fake_quantize`.
+        range_estimator: of the activations, ``"max"`` (default), ``"percentile"`` or ``"mse"``.
         learned_steps: train the activations' step sizes with the weights, from the observed ones on
-            (needs the clipped gradient).
+            (needs the clipped gradient; default False).
         edge_bits: bits of the first and last layer's weights and of the last layer's input, and
             with ``"inputs"`` of the image and of averages. None (default): the weights as the
             others', with ``"inputs"`` 8 bits for these activations, with ``"relu"`` as the others'.
-        fold_batch_norm: fold each BatchNorm into the convolution before it.
+        fold_batch_norm: fold each BatchNorm into the convolution before it (default False).
+
+    Raises:
+        ConfigError: one of them is unknown or out of range.
     """
 
     weight_bits: int = 3

@@ -111,7 +111,9 @@ def fake_quantize(
 
 
 class WeightQuantizer(nn.Module):
-    """Parametrization of a weight: per output channel, min-max of the latent weight.
+    """Parametrization of a weight w: fake_quantize(w, scale, zero_point), identity gradient.
+
+    The range of each output channel is [min w, max w], or for ``"symmetric"`` +-max |w|.
 
     Args:
         bit_width, scheme: of the integers.
