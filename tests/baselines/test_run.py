@@ -590,7 +590,7 @@ EIGHT_PIXELS = nn.Sequential(
 @pytest.mark.parametrize(
     ("settings", "received"),
     [
-        ({"method": "zeroq"}, "method 'zeroq'.*gdfq, qimera, adadfq"),
+        ({"method": "zeroq"}, "method 'zeroq'.*adadfq, gdfq, qimera"),
         ({"method": None}, "method None"),
         ({"recipe": "slow"}, "recipe 'slow'.*quick, paper"),
         ({"weight_bits": 1}, "weight_bits.*got 1"),
