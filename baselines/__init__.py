@@ -1,4 +1,4 @@
-"""Generator-based data-free quantization: GDFQ, Qimera and AdaDFQ on one loop that takes hooks.
+"""Generator-based data-free quantization: methods (``METHODS``) on one loop that takes hooks.
 
 A step, in :class:`baselines.training.trainer.Trainer`: latents -> images -> teacher -> the
 method's losses and the hooks' -> generator; images -> hooks -> student. :func:`quantize` is a run
@@ -9,9 +9,11 @@ Where to add what:
 
 * a method: one file, see :mod:`baselines.methods`;
 * a hook, in any package: an object with the four calls of :class:`agm.Hook`, given as
-  ``quantize(..., hooks=[...])``. ``generator_loss`` may return 0 and ``student_batch`` what it was
-  given; draw from a ``torch.Generator`` of its own and keep it in ``state_dict``, so that a resumed
-  run is the same bit for bit. ``benchmarks/task/real_images.py`` is one of forty lines;
+  ``quantize(..., hooks=[...])``, and called after the warm-up. ``generator_loss`` may return 0,
+  and ``student_batch``, which is given labels here, the (images, labels) that it was given; about
+  other images the teacher is asked again. Draw from a ``torch.Generator`` of its own and keep it in
+  ``state_dict``, so that a resumed run is the same bit for bit; see
+  ``benchmarks/task/real_images.py``;
 * a range estimator: a function (x, bit_width) -> (low, high) in ``RANGE_ESTIMATORS`` of
   :mod:`baselines.quantization.quantizers`; the recipes and the tests know it by its name;
 * a layer that no quantizer or exporter knows: it is refused by name; teach

@@ -118,7 +118,7 @@ def quantize(
 
     Args:
         teacher: images (N, C, s, s) -> logits, with BatchNorm, Conv, Linear and ReLU; untouched.
-        method: ``"gdfq"``, ``"qimera"`` or ``"adadfq"``.
+        method: a name in ``METHODS``: ``"gdfq"``, ``"qimera"``, ``"adadfq"``.
         weight_bits, act_bits: 2 to 8.
         hooks: a list of add-ons, e.g. ``[AGM()]``; each run needs its own.
         image_size: s, a multiple of 4.

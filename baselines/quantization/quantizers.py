@@ -216,9 +216,10 @@ class ActivationQuantizer(nn.Module):
     """Per-tensor fake quantization of an activation.
 
     While observing, the ends of the range are bias-corrected averages (decay 0.9) of the
-    estimator's values for each batch; afterwards they are frozen. Unsigned with zero point 0 where
-    nothing below zero was seen; else asymmetric with a zero point, or, symmetric, signed without.
-    A learned step is the observed one times exp(log_gain), a parameter that starts at 0.
+    estimator's values for each batch; afterwards they are frozen, and before, activations pass as
+    they are. Unsigned with zero point 0 where nothing below zero was seen; else asymmetric with a
+    zero point, or, symmetric, signed without. A learned step is the observed one times
+    exp(log_gain), a parameter that starts at 0.
 
     Args:
         bit_width, scheme, ste, range_estimator, learned_steps: see :class:`QuantizationConfig`.
@@ -272,19 +273,23 @@ class ActivationQuantizer(nn.Module):
 
     def bounds(self) -> tuple[int, int, int]:
         """(qmin, qmax, zero_point) as numbers, with which a clamp is ten times faster in bf16."""
+        return self._read()[0]
+
+    def _read(self) -> tuple[tuple[int, int, int], bool]:
+        """The bounds, and whether anything was observed, read from the device once a change."""
         state = id(self.zero_point), self.zero_point._version
         if not self._known or self._known[0] != state:
             scheme = "symmetric" if self.signed else "asymmetric"
             qmin, qmax = integer_range(self.bit_width, scheme, signed=self.signed)
-            self._known = (state, (qmin, qmax, int(self.zero_point)))
-        return self._known[1]
+            self._known = (state, (qmin, qmax, int(self.zero_point)), bool(self.batches > 0))
+        return self._known[1:]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observing:
             self.observe(x)
-        if not self.enabled:
+        (qmin, qmax, zero_point), observed = self._read()
+        if not (self.enabled and observed):
             return x
-        qmin, qmax, zero_point = self.bounds()
         return fake_quantize(
             x, self.scale, zero_point, qmin, qmax, ste=self.ste, nonnegative=self.nonnegative
         )

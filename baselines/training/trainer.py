@@ -58,7 +58,14 @@ GLOBAL_RNG = threading.Lock()
 
 
 class Method(Protocol):
-    """What a method's file provides; see :mod:`baselines.methods.gdfq` for the shapes."""
+    """What a method's file provides, as :mod:`baselines.methods.gdfq` does.
+
+    ``images`` is (N, channels, s, s) with the generator's graph behind it, as ``teacher_logits``,
+    (N, C), and ``bns``, a scalar without weight, have. ``labels`` is what the generator's
+    ``sample`` gave, for the student's turn perhaps changed by a hook to (N, C) probabilities.
+    ``student(images)`` gives logits, differentiable, and is shared with the hooks and the student's
+    turn; in the warm-up its weights alone are quantized, its activations' ranges being unknown.
+    """
 
     def make_generator(
         self, teacher: nn.Module, num_classes: int, image_shape: tuple[int, int, int]
@@ -261,6 +268,10 @@ class Trainer:
                 other_terms=total(terms),
             )
             self.ranks.average_state(hook)
+            if not isinstance(term, int | float | Tensor) or torch.as_tensor(term).ndim:
+                raise ConfigError(
+                    f"{name}.generator_loss must return a scalar, or 0; got {_described(term)}"
+                )
             term = torch.as_tensor(term, device=self.device)  # a hook may return a plain 0
             terms[f"{name}{i}" if name in terms else name] = term
         return teacher_logits, terms
@@ -272,7 +283,14 @@ class Trainer:
         generated = images.detach()
         batch, version = generated, generated._version
         for hook in self.hooks:
-            batch, labels = hook.student_batch(images=batch, labels=labels)
+            given = hook.student_batch(images=batch, labels=labels)
+            pair = isinstance(given, tuple | list) and len(given) == 2
+            if not pair or not all(isinstance(x, Tensor) for x in given):
+                raise ConfigError(
+                    f"{type(hook).__name__}.student_batch is given labels and must return "
+                    f"(images, labels); got {_described(given)}"
+                )
+            batch, labels = given
         if batch is generated and generated._version == version:
             batch = images  # which the student may have seen already
         else:
@@ -378,6 +396,13 @@ def total(terms: dict[str, Tensor]) -> Tensor:
     for value in rest:
         first = first + value
     return first
+
+
+def _described(value: Any) -> str:
+    """For an error: a tensor by its shape, all else by its type."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}" if value is not None else "None"
 
 
 class Remembered:

@@ -438,6 +438,18 @@ def test_a_learned_step_starts_where_it_was_observed_and_moves():
     assert torch.equal(other(2 * x), learned(2 * x))
 
 
+@pytest.mark.parametrize("nonnegative", [True, False])
+def test_activations_pass_until_something_was_observed(nonnegative):
+    q, other = quantizer(nonnegative=nonnegative), quantizer(nonnegative=nonnegative)
+    x = torch.linspace(0, 0.3, 50)
+    assert torch.equal(q(x), x)
+    observe(q, x)
+    assert len(q(x).unique()) <= 8
+    assert torch.equal(other(x), x)
+    other.load_state_dict(q.state_dict())
+    assert torch.equal(other(x), q(x))
+
+
 def test_bounds_follow_the_state():
     q, other = quantizer(nonnegative=False), quantizer(nonnegative=False)
     observe(q, torch.tensor([-1.0, 6.0]))

@@ -15,6 +15,7 @@ from agm import AGM, AgmError
 from baselines import METHODS
 from baselines.errors import CheckpointError, ConfigError, NonFiniteLossError
 from baselines.methods import gdfq
+from baselines.quantization.quantizers import ActivationQuantizer
 from baselines.training.parallel import ALONE
 from baselines.training.trainer import Remembered, Trainer, resolve_precision
 from tests.baselines import Tiny, bits, fill, images, same_state, weights
@@ -174,6 +175,27 @@ def asks_the_student(method):
         student=lambda x: asked.append(x) or logits,
     )  # fmt: skip
     return bool(asked)
+
+
+@each_method
+def test_in_the_warmup_the_students_activations_pass_as_they_are(method):
+    trainer, seen = make(method), []
+    terms = trainer.method.generator_terms
+
+    def spy(*, images, student, **others):
+        with torch.no_grad():
+            seen.append((images, student(images).clone()))
+        return terms(images=images, student=student, **others)
+
+    object.__setattr__(trainer.method, "generator_terms", spy)
+    trainer.step()
+    ((x, logits),) = seen
+    switches = [m for m in trainer.student.modules() if isinstance(m, ActivationQuantizer)]
+    for switch in switches:
+        switch.enabled = False
+    with torch.no_grad():
+        assert torch.equal(trainer.student(x), logits)
+    object.__delattr__(trainer.method, "generator_terms")
 
 
 @contract
@@ -421,6 +443,27 @@ def test_a_broken_term_of_a_hook(method, value):
     train(trainer, WARMUP + 1)
     hook.term = lambda x: x.mean() + value
     assert_stops(trainer, "Hook", str(value))
+
+
+@pytest.mark.parametrize(
+    ("call", "value", "message"),
+    [
+        ("generator_loss", None, r"Hook.generator_loss must return a scalar, or 0; got None"),
+        ("generator_loss", torch.ones(3), r"got a tensor of shape \(3,\)"),
+        ("student_batch", torch.ones(8, 3, 8, 8), r"return \(images, labels\); got a tensor of"),
+        ("student_batch", (None, None), "got a tuple"),
+        ("student_batch", None, r"Hook.student_batch .* got None"),
+    ],
+)
+def test_what_a_hook_must_return(call, value, message):
+    hook = Hook()
+    trainer = make(hooks=(hook,))
+    train(trainer, WARMUP)
+    before = weights(trainer.generator, trainer.student)
+    setattr(hook, call, lambda **_: value)
+    with pytest.raises(ConfigError, match=message):
+        trainer.step()
+    assert weights(trainer.generator, trainer.student) == before
 
 
 @each_method
