@@ -31,6 +31,7 @@ from baselines.quantization.checkpoint import (
     save,
 )
 from baselines.quantization.policy import QuantizationConfig
+from baselines.quantization.quantizers import observing
 from baselines.quantization.student import build_student
 from baselines.quantization.tracing import traced
 from tests import hostile
@@ -462,8 +463,11 @@ def test_a_quantized_network_keeps_its_settings(path):
     settings = {"weight_bits": 5, "act_bits": 2, "scheme": "symmetric", "edge_bits": 8,
                 "ste": "clipped", "range_estimator": "mse", "fold_batch_norm": True,
                 "activations": "relu"}  # fmt: skip
-    save_tiny(path, **settings)
-    loaded, want = load_quantized(path, Tiny(3)), tiny_student(**settings)
+    want = tiny_student(**settings).to(memory_format=torch.channels_last)  # as a trainer's
+    with torch.no_grad(), observing(want):
+        want(images())
+    save_quantized(want, path)
+    loaded = load_quantized(path, Tiny(3))
     assert torch.equal(loaded(images()), want(images()))
     assert [str(m) for m in loaded.modules()][1:] == [str(m) for m in want.modules()][1:]
     assert loaded.meta["config"] == want.meta["config"]
