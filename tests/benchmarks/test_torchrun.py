@@ -53,7 +53,7 @@ def begun(out: Path, n: int):
 
 @pytest.fixture(scope="module")
 def whole(home):
-    output(start(home, *GRID, "whole", "--jobs", "1"), 0, home)
+    output(start(home, *GRID, "whole"), 0, home)
     return "whole"
 
 
