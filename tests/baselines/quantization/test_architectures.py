@@ -82,13 +82,15 @@ def test_quantized_whole_near_the_original_and_trainable(name):
     assert len(weights) == len(layers)
     assert policy.read == sum(isinstance(m, ActivationQuantizer) for m in student.modules())
 
-    settle(net, size)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        settle(net, size)
     # Some are wide and some chaotic: one of these rates must suit.
     assert any(falls(losses_of_training(net, size, rate)) for rate in (3e-5, 1e-4, 1e-5))
 
 
 def falls(losses):
-    return losses[-1] < losses[0]
+    return sum(losses[-4:]) / 4 < losses[0]
 
 
 def losses_of_training(net, size, rate):
