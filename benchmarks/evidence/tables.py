@@ -73,20 +73,27 @@ def room_table(rows: list[Row]) -> str:
         "| | baseline % | + AGM | real images, the room | share | n |",
         "|---|---|---|---|---|---|",
     ]
-    for title, arms in rows:
-        base = _runs([arms], "none", "accuracy_proof")
-        both, real = (
-            report.paired_difference(base, _runs([arms], arm, "accuracy_proof"))
-            for arm in ("both", "real")
-        )
-        if not both["n"] or not real["n"]:
-            continue
-        texts = [report.difference_text(d).rpartition(", n=")[0] for d in (both, real)]
-        counts = dict.fromkeys([len(base), both["n"], real["n"]])
-        line = [title, report.mean_std(list(base.values())), *texts]
-        line += [f"{100 * both['mean'] / real['mean']:.0f} %", ", ".join(map(str, counts))]
-        lines.append("| " + " | ".join(line) + " |")
-    return "\n".join(lines)
+    for setting_title, group in itertools.groupby(rows, lambda row: row[0].rpartition(" ")[0]):
+        members = [(title, [arms]) for title, arms in group]
+        if len(members) > 1:
+            members.append((f"{setting_title}, together", [a for _, arms in members for a in arms]))
+        lines += [_room_line(title, methods) for title, methods in members]
+    return "\n".join(line for line in lines if line)
+
+
+def _room_line(title: str, methods: list[dict[str, list[Cell]]]) -> str:
+    base = _runs(methods, "none", "accuracy_proof")
+    both, real = (
+        report.paired_difference(base, _runs(methods, arm, "accuracy_proof"))
+        for arm in ("both", "real")
+    )
+    if not both["n"] or not real["n"]:
+        return ""
+    texts = [report.difference_text(d).rpartition(", n=")[0] for d in (both, real)]
+    counts = dict.fromkeys([len(base), both["n"], real["n"]])
+    mean = report.mean_std(list(base.values())) if len(methods) == 1 else ""
+    share = f"{100 * both['mean'] / real['mean']:.0f} %"
+    return "| " + " | ".join([title, mean, *texts, share, ", ".join(map(str, counts))]) + " |"
 
 
 def proof_table(rows: list[Row]) -> str:
@@ -152,7 +159,7 @@ def speed_table(paths: list[Path]) -> str:
 
 
 def picture(rows: list[Row], path: Path) -> None:
-    """Every paired difference with its interval, and the curves of the first row's arms.
+    """Every paired difference with its interval, and the curves of the first row that has any.
 
     Rows with fewer than two pairs, which have no interval, are left out of the first panel.
     """
@@ -179,7 +186,7 @@ def picture(rows: list[Row], path: Path) -> None:
     axes[0].set(
         xlabel="accuracy with AGM - without (points)\nmean and 95 % interval over paired seeds"
     )
-    title, arms = rows[0]
+    title, arms = next(row for row in rows if _has_curves(row))
     panels = {
         "accuracy": "accuracy on all evaluation images (%)",
         "batch_similarity": "cosine similarity of features\nbetween images of a batch",
@@ -191,6 +198,10 @@ def picture(rows: list[Row], path: Path) -> None:
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _has_curves(row: Row) -> bool:
+    return any(cell["history"] for cells in row[1].values() for cell in cells)
 
 
 def fill(text: str, tables: dict[str, str]) -> str:
@@ -259,7 +270,8 @@ def main() -> None:
     for path, of_file in tables().items():
         path.write_text(fill(path.read_text(), of_file))
     for folder in (PROOF, EARLIER):
-        if rows := proof_rows(folder):
+        rows = proof_rows(folder)
+        if any(map(_has_curves, rows)):
             picture(rows, folder.with_suffix(".png"))
 
 
