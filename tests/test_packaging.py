@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -64,8 +63,7 @@ def test_the_wheel_is_the_add_on_alone(built, source, tmp_path):
 
 
 def test_the_sdist_runs_the_main_job(built, source, tmp_path):
-    with tarfile.open(built[0]) as sdist:
-        sdist.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(built[0], tmp_path)
     (folder,) = tmp_path.iterdir()
     made = {n for n in files(folder) if n.startswith(("agm_dfq.egg-info", "PKG-INFO", "setup.cfg"))}
     assert files(folder) - made == {n for n in files(source) if ".egg-info" not in n}
