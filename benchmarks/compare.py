@@ -163,6 +163,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.with_agm is not None:
         args.arms += dict.fromkeys(args.with_agm or ["both"])
     if args.with_real:
+        if args.parallel:  # each rank would draw the same images
+            raise UsageError("--with-real is for runs of one process each: leave --parallel out")
         args.arms.append("real")
     counts = (args.seeds, args.checkpoint_every, args.eval_every)
     if any(count is not None and count < 1 for count in counts):

@@ -287,8 +287,10 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.observing:
             self.observe(x)
+        if not self.enabled:
+            return x
         (qmin, qmax, zero_point), observed = self._read()
-        if not (self.enabled and observed):
+        if not observed:
             return x
         return fake_quantize(
             x, self.scale, zero_point, qmin, qmax, ste=self.ste, nonnegative=self.nonnegative

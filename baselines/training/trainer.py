@@ -25,6 +25,7 @@ import platform
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from numbers import Number
 from typing import Any, Protocol
 
 import torch
@@ -268,7 +269,7 @@ class Trainer:
                 other_terms=total(terms),
             )
             self.ranks.average_state(hook)
-            if not isinstance(term, int | float | Tensor) or torch.as_tensor(term).ndim:
+            if not isinstance(term, Number | Tensor) or getattr(term, "ndim", 0):
                 raise ConfigError(
                     f"{name}.generator_loss must return a scalar, or 0; got {_described(term)}"
                 )

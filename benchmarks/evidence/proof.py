@@ -67,8 +67,8 @@ def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
     """Put a report's cells into the grid's file, but for those that another grid's file holds.
 
     Each names its source: commit, machine, settings.
-    Histories are kept for ResNet-20, whose curves README shows; those of digits are ten times as
-    large as all the rest.
+    Histories are kept for ResNet-20, whose curves the record shows; those of digits are ten times
+    as large as all the rest.
     """
     with locked(RESULTS, wait=True):
         path = RESULTS / f"{grid}.json"

@@ -616,6 +616,9 @@ MISTAKES = {
     ),
     "no evaluations": (("--eval-every", 0), ("--eval-every", "at least 1")),
     "no real images": ((*OWN, "--with-real"), ("real images", "--data")),
+    "real images in parts": (
+        ("--with-real", "--parallel", "batch"), ("--with-real", "one process"),
+    ),
     "half of the bits": (("--weight-bits", 4), ("--weight-bits", "--act-bits", "together")),
     "bits twice": (("--bits", 3, "--act-bits", 4), ("--bits", "--act-bits", "not both")),
     "resume what": (("--resume",), ("--resume needs --out",)),

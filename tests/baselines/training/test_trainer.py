@@ -7,6 +7,7 @@ import math
 import platform
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -150,7 +151,9 @@ def test_a_disabled_add_on_is_none(method):
         assert all(v == 0 for k, v in b.items() if k not in a)
 
 
-@pytest.mark.parametrize("zero", [0, 0.0, torch.zeros(())], ids=["int", "float", "tensor"])
+@pytest.mark.parametrize(
+    "zero", [0, 0.0, torch.zeros(()), np.float32(0)], ids=["int", "float", "tensor", "numpy"]
+)
 def test_a_hook_may_return_its_neutral_values(zero):
     assert outcome(make(hooks=(Hook(term=lambda x: zero),)))[1] == outcome(make())[1]
 
@@ -178,16 +181,16 @@ def asks_the_student(method):
 
 
 @each_method
-def test_in_the_warmup_the_students_activations_pass_as_they_are(method):
+def test_in_the_warmup_the_students_activations_pass_as_they_are(method, monkeypatch):
     trainer, seen = make(method), []
     terms = trainer.method.generator_terms
 
-    def spy(*, images, student, **others):
+    def spy(_, *, images, student, **others):
         with torch.no_grad():
             seen.append((images, student(images).clone()))
         return terms(images=images, student=student, **others)
 
-    object.__setattr__(trainer.method, "generator_terms", spy)
+    monkeypatch.setattr(type(trainer.method), "generator_terms", spy)
     trainer.step()
     ((x, logits),) = seen
     switches = [m for m in trainer.student.modules() if isinstance(m, ActivationQuantizer)]
@@ -195,7 +198,6 @@ def test_in_the_warmup_the_students_activations_pass_as_they_are(method):
         switch.enabled = False
     with torch.no_grad():
         assert torch.equal(trainer.student(x), logits)
-    object.__delattr__(trainer.method, "generator_terms")
 
 
 @contract
