@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,8 @@ def room_table(rows: list[Row]) -> str:
         "| | baseline % | + AGM | real images, the room | share | n |",
         "|---|---|---|---|---|---|",
     ]
-    for setting_title, group in itertools.groupby(rows, lambda row: row[0].rpartition(" ")[0]):
-        members = [(title, [arms]) for title, arms in group]
-        if len(members) > 1:
-            members.append((f"{setting_title}, together", [a for _, arms in members for a in arms]))
-        lines += [_room_line(title, methods) for title, methods in members]
-    return "\n".join(line for line in lines if line)
+    found = [_room_line(title, methods) for title, methods in _with_all_together(rows)]
+    return "\n".join([*lines, *filter(None, found)])
 
 
 def _room_line(title: str, methods: list[dict[str, list[Cell]]]) -> str:
@@ -107,12 +104,17 @@ def proof_table(rows: list[Row]) -> str:
         "| real images | n |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    lines += [_proof_line(title, methods) for title, methods in _with_all_together(rows)]
+    return "\n".join(lines)
+
+
+def _with_all_together(rows: list[Row]) -> Iterator[tuple[str, list[dict[str, list[Cell]]]]]:
+    """Each row as its title and one method's arms; below several of a setting, all theirs."""
     for setting_title, group in itertools.groupby(rows, lambda row: row[0].rpartition(" ")[0]):
         members = list(group)
-        lines += [_proof_line(title, [arms]) for title, arms in members]
+        yield from ((title, [arms]) for title, arms in members)
         if len(members) > 1:
-            lines.append(_proof_line(f"{setting_title}, together", [arms for _, arms in members]))
-    return "\n".join(lines)
+            yield f"{setting_title}, together", [arms for _, arms in members]
 
 
 def _proof_line(title: str, methods: list[dict[str, list[Cell]]]) -> str:
