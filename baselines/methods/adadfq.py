@@ -35,7 +35,8 @@ class AdaDFQ:
     """The published losses and constants.
 
     Args:
-        latent_dim, width, many_classes: of the generator, which is GDFQ's (100, 128, None).
+        latent_dim, width, many_classes, largest_start: of the generator, which is GDFQ's (100, 128,
+            None, None).
         lower, upper: lambda_l, lambda_u, the bounds of the normalised disagreement (0.1, 0.8).
         disagreement, agreement: alpha_ds, alpha_as (0.2, 0.1).
         bns_weight: gamma (1); beta is 1 as well.
@@ -45,6 +46,7 @@ class AdaDFQ:
     latent_dim: int = 100
     width: int = 128
     many_classes: int | None = None
+    largest_start: int | None = None
     lower: float = 0.1
     upper: float = 0.8
     disagreement: float = 0.2
@@ -59,7 +61,7 @@ class AdaDFQ:
         channels, size, _ = image_shape
         return LabelledGenerator(
             num_classes, size, channels, latent_dim=self.latent_dim, width=self.width,
-            many_classes=self.many_classes,
+            many_classes=self.many_classes, largest_start=self.largest_start,
         )  # fmt: skip
 
     def generator_terms(
@@ -103,4 +105,5 @@ def paper(image_size: int) -> tuple[AdaDFQ, Recipe]:
 
 def quick(image_size: int) -> tuple[AdaDFQ, Recipe]:
     """GDFQ's quick recipe with AdaDFQ's losses."""
-    return AdaDFQ(width=64, many_classes=50, bns_weight=15.0), gdfq.quick(image_size)[1]
+    method = AdaDFQ(width=64, many_classes=50, largest_start=8, bns_weight=15.0)
+    return method, gdfq.quick(image_size)[1]

@@ -24,6 +24,8 @@ class GDFQ:
         width: of the generator's first convolution (default 128).
         many_classes: from this number of classes on, the label enters by class-conditional BNs on
             small images, too; None (default) for large images alone, as published.
+        largest_start: side of the grid that it starts from, at most, see
+            :class:`baselines.training.generators.Decoder`; None (default) as published.
         bns_weight: of BNS in L_G (default 0.1).
         ce_weight: of the student's cross-entropy (default 1).
         temperature: T of the distillation (default 20).
@@ -33,6 +35,7 @@ class GDFQ:
     latent_dim: int = 100
     width: int = 128
     many_classes: int | None = None
+    largest_start: int | None = None
     bns_weight: float = 0.1
     ce_weight: float = 1.0
     temperature: float = 20.0
@@ -45,7 +48,7 @@ class GDFQ:
         channels, size, _ = image_shape
         return LabelledGenerator(
             num_classes, size, channels, latent_dim=self.latent_dim, width=self.width,
-            many_classes=self.many_classes,
+            many_classes=self.many_classes, largest_start=self.largest_start,
         )  # fmt: skip
 
     def generator_terms(
@@ -89,6 +92,7 @@ def paper(image_size: int) -> tuple[GDFQ, Recipe]:
         generator_lr=1e-3,
         schedule="steps",
         shift=False,
+        relative_bns=False,
         layer_weight=0.0,
         activations="relu",
         ste="identity",
@@ -107,10 +111,11 @@ def quick(image_size: int) -> tuple[GDFQ, Recipe]:
         warmup=0.25,
         observe=0.01,
         student_optimizer="adam",
-        student_lr=3e-4,
+        student_lr=3e-3,
         generator_lr=1e-3,
         schedule="cosine",
         shift=image_size >= 32,  # of digits of 8 pixels an eighth is a stroke,
+        relative_bns=True,
         layer_weight=10.0,
         activations="inputs",
         ste="clipped",
@@ -121,6 +126,7 @@ def quick(image_size: int) -> tuple[GDFQ, Recipe]:
     method = GDFQ(
         width=64,
         many_classes=50,
+        largest_start=8,
         bns_weight=50.0,
         ce_weight=0.0,
         temperature=4.0,

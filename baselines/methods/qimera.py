@@ -86,9 +86,12 @@ class Qimera(GDFQ):
         superposed = self.superposed or (
             2 if num_classes <= 10 else 10 if num_classes <= 100 else 100
         )
+        decoder = Decoder(
+            self.latent_dim, size, channels, width=self.width, largest_start=self.largest_start
+        )
         return SuperposedGenerator(
             self._embedding(teacher, num_classes, from_classifier),
-            Decoder(self.latent_dim, size, channels, width=self.width),
+            decoder,
             superposed=superposed,
             probability=self.probability,
         )

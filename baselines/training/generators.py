@@ -1,4 +1,4 @@
-"""Image generators: a latent to an image, by two nearest-neighbour upsamplings."""
+"""Image generators: a latent to an image, by nearest-neighbour upsamplings."""
 
 from itertools import product
 from typing import Any
@@ -20,6 +20,9 @@ class Decoder(nn.Module):
     Args:
         num_classes: with a number, the BNs' affine parameters are one set per class.
         width: of the first convolution (default 128, the published one).
+        largest_start: with a number, the linear layer's grid is halved until its side is no larger
+            (or odd), and as many times x2 -> conv -> BN -> LeakyReLU come before the rest: what is
+            near in an image then starts alike. None (default) as published.
     """
 
     def __init__(
@@ -30,13 +33,23 @@ class Decoder(nn.Module):
         *,
         width: int = 128,
         num_classes: int | None = None,
+        largest_start: int | None = None,
     ) -> None:
         super().__init__()
         if image_size < 4 or image_size % 4:
             raise ConfigError(f"image_size must be a multiple of 4, got {image_size}")
-        self.start = (width, image_size // 4, image_size // 4)
-        self.linear = nn.Linear(latent_dim, width * (image_size // 4) ** 2)
+        start, doublings = image_size // 4, 0
+        while largest_start is not None and start > largest_start and start % 2 == 0:
+            start, doublings = start // 2, doublings + 1
+        self.start = (width, start, start)
+        self.linear = nn.Linear(latent_dim, width * start**2)
         self.norm0 = ClassNorm(width, 1e-5, num_classes)
+        self.earlier = nn.ModuleList(
+            UpsampledConv2d(width, width, 3, padding=1) for _ in range(doublings)
+        )
+        self.earlier_norms = nn.ModuleList(
+            ClassNorm(width, 0.8, num_classes) for _ in range(doublings)
+        )
         self.conv1 = UpsampledConv2d(width, width, 3, padding=1)
         self.norm1 = ClassNorm(width, 0.8, num_classes)
         self.conv2 = UpsampledConv2d(width, width // 2, 3, padding=1)
@@ -47,6 +60,8 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         x = self.linear(latents).view(-1, *self.start)
         x = self.norm0(x, labels)
+        for conv, norm in zip(self.earlier, self.earlier_norms, strict=True):
+            x = F.leaky_relu(norm(conv(x), labels), 0.2, inplace=True)
         x = F.leaky_relu(self.norm1(self.conv1(x), labels), 0.2, inplace=True)
         x = F.leaky_relu(self.norm2(self.conv2(x), labels), 0.2, inplace=True)
         return self.standardise(torch.tanh(self.conv3(x)))
@@ -136,11 +151,12 @@ class LabelledGenerator(nn.Module):
 
     Args:
         many_classes: from this number on, class-conditional BNs on small images, too.
+        latent_dim, width, largest_start: of the :class:`Decoder`.
     """
 
     def __init__(
         self, num_classes: int, image_size: int, channels: int, *, latent_dim: int, width: int,
-        many_classes: int | None = None,
+        many_classes: int | None = None, largest_start: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.num_classes, self.latent_dim = num_classes, latent_dim
@@ -148,8 +164,9 @@ class LabelledGenerator(nn.Module):
         conditional = num_classes if image_size > 64 or many else None
         self.embedding = None if conditional else nn.Embedding(num_classes, latent_dim)
         self.decoder = Decoder(
-            latent_dim, image_size, channels, width=width, num_classes=conditional
-        )
+            latent_dim, image_size, channels, width=width, num_classes=conditional,
+            largest_start=largest_start,
+        )  # fmt: skip
 
     def sample(self, n: int, rng: torch.Generator) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """The inputs (z, y) for n images, and their labels y, (n,) integers."""

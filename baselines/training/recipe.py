@@ -10,6 +10,7 @@ from torch import nn
 from baselines.errors import ConfigError
 from baselines.quantization.policy import QuantizationConfig
 from baselines.quantization.quantizers import check_choice
+from baselines.training.units import in_units
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,14 @@ class Recipe:
         warmup: share of the steps, in [0, 1), in which the generator trains alone.
         observe: share of the steps, the last of the warm-up, in which ranges are observed.
         student_optimizer: ``"sgd"`` (Nesterov, momentum 0.9, weight decay 1e-4) or ``"adam"``.
-        student_lr, generator_lr: peak rates (the generator's optimizer is Adam, betas 0.5/0.999).
+        student_lr: peak rate; for ``"adam"`` in steps of quantization, see
+            :mod:`baselines.training.units`.
+        generator_lr: peak rate of the generator's Adam (betas 0.5/0.999).
         schedule: ``"steps"``, x0.1 at each of ``milestones``; ``"cosine"`` to 0; ``"constant"``.
         milestones: shares of the steps (default: each quarter, as published for CIFAR).
         shift: the generated images of a step by up to an eighth, before anything looks at them.
+        relative_bns: count a BatchNorm's errors in units of its own variance, see
+            :func:`baselines.training.bn_stats.normalising_layers`.
         layer_weight: of the layers' distance in the student's loss, which falls as the learning
             rates do, see :mod:`baselines.training.layers`; 0 for none.
         activations, ste, range_estimator, learned_steps, fold_batch_norm: see
@@ -41,6 +46,7 @@ class Recipe:
     generator_lr: float
     schedule: str
     shift: bool
+    relative_bns: bool
     layer_weight: float
     activations: str
     ste: str
@@ -97,14 +103,16 @@ class Recipe:
     def optimizers(
         self, generator: nn.Module, student: nn.Module
     ) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-        """The generator's and the student's; updates fused into one kernel each."""
+        """The generator's and the student's, with fused updates."""
         for_generator = torch.optim.Adam(
             generator.parameters(), lr=self.generator_lr, betas=(0.5, 0.999), fused=True
         )
         if self.student_optimizer == "adam":
-            return for_generator, torch.optim.Adam(
-                student.parameters(), lr=self.student_lr, fused=True
-            )
+            groups = [
+                {"params": params, "lr": self.student_lr * unit}
+                for unit, params in in_units(student)
+            ]
+            return for_generator, torch.optim.Adam(groups, fused=True)
         return for_generator, torch.optim.SGD(
             student.parameters(), lr=self.student_lr, momentum=0.9, nesterov=True,
             weight_decay=1e-4, fused=True,

@@ -151,7 +151,7 @@ class Trainer:
         folded = with_folded_norms(network)
         reference.check(folded, "teacher's")
         self.teacher = self._place(folded.requires_grad_(False))
-        self.layers = normalising_layers(self.teacher)
+        self.layers = normalising_layers(self.teacher, relative=recipe.relative_bns)
         self.compared = Layers(self.teacher, self.student)
         self.num_classes = check_logits_shape(reference.logits)
         if self.num_classes == 1:
@@ -172,6 +172,9 @@ class Trainer:
         self.generator_optimizer, self.student_optimizer = recipe.optimizers(
             self.generator, self.student
         )
+        for optimizer in (self.generator_optimizer, self.student_optimizer):
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
         self.rng = torch.Generator(self.device).manual_seed(seed)
         self.shifts_rng = torch.Generator().manual_seed(seed)
         self.step_count = 0
@@ -202,8 +205,9 @@ class Trainer:
                 step. On other devices than the CPU it may come some steps late.
         """
         factor = self.recipe.factor(self.step_count)
-        self.generator_optimizer.param_groups[0]["lr"] = self.recipe.generator_lr * factor
-        self.student_optimizer.param_groups[0]["lr"] = self.recipe.student_lr * factor
+        for optimizer in (self.generator_optimizer, self.student_optimizer):
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
         latents, labels = self.generator.sample(self.recipe.batch_size, self.rng)
         latents, labels = tuple(map(self.ranks.part, latents)), self.ranks.part(labels)
         compare = self._layer_weight > 0 and not self.warming_up

@@ -30,7 +30,7 @@ from benchmarks import compare
 from benchmarks.errors import UsageError
 from benchmarks.provenance import provenance
 from benchmarks.task.real_images import RealImages
-from benchmarks.task.task import load_task
+from benchmarks.task.task import halves, load_task
 
 CURVE_STEPS = 150
 
@@ -69,6 +69,8 @@ def main(argv: list[str]) -> int:
         task, changes = load_task(args), settings(own.pairs)
         if task.images is None:
             raise UsageError("--data is missing, the images to judge on")
+        if not len(halves(task.images.labels)["tuning"]):
+            raise UsageError("--data has one image of each class, so no half to tune on")
         judged = "accuracy_proof" if own.ceiling else "accuracy_tuning"
         (weight_bits, act_bits), (method,) = args.widths[0], args.methods
         losses, recipe = getattr(METHODS[method], args.recipe)(task.inputs.image_size)

@@ -21,7 +21,9 @@ from baselines.methods import adadfq, gdfq, qimera
 from baselines.methods.adadfq import AdaDFQ, normalised_entropy
 from baselines.methods.gdfq import GDFQ
 from baselines.methods.qimera import Qimera
-from baselines.training.generators import upsampled_convolution
+from baselines.quantization.student import build_student
+from baselines.quantization.tracing import traced
+from baselines.training.generators import Decoder, upsampled_convolution
 from tests.baselines import Tiny, cross_entropy_of, entropy_of, images, kl_of, weights
 from tests.baselines.strategies import logit_batches
 from tests.strategies import logit_pairs, rng, seeds
@@ -379,8 +381,9 @@ def test_upsampled_convolution_and_its_gradients(seed, n, channels, outputs, hei
 
 
 @pytest.mark.parametrize("name", ["gdfq", "adadfq"])
-def test_the_generator_as_written_out(name):
-    generator = make(name).double().train()
+@pytest.mark.parametrize(("largest_start", "start"), [(None, 2), (7, 2), (1, 1)])
+def test_the_generator_as_written_out(name, largest_start, start):
+    generator = make(name, largest_start=largest_start).double().train()
     with torch.no_grad():
         for p in generator.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=rng(1)))
@@ -388,23 +391,34 @@ def test_the_generator_as_written_out(name):
     got = generator(z.double(), y).detach().numpy()
     p = [p.detach().numpy() for p in generator.parameters()]
     table, linear, bias, *p = p
-    x = ((z.numpy() * table[y.numpy()]) @ linear.T + bias).reshape(5, 8, 2, 2)
+    x = ((z.numpy() * table[y.numpy()]) @ linear.T + bias).reshape(5, 8, start, start)
     x = batch_norm(x, 1e-5, *p[:2])
-    for weight, bias, gain, shift in (p[2:6], p[6:10]):
+    last = len(p) - 2
+    for i in range(2, last, 4):
+        weight, bias, gain, shift = p[i : i + 4]
         x = convolve(x.repeat(2, 2).repeat(2, 3), weight, bias)
         x = batch_norm(x, 0.8, gain, shift)
         x = np.where(x > 0, x, 0.2 * x)
-    want = batch_norm(np.tanh(convolve(x, *p[10:])), 1e-5)
+    want = batch_norm(np.tanh(convolve(x, *p[last:])), 1e-5)
     assert np.allclose(got, want, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("size", [8, 68])
-def test_every_parameter_learns(name, size):
-    generator = make(name, size).train()
+@pytest.mark.parametrize(("size", "largest_start"), [(8, None), (68, None), (8, 1), (80, 7)])
+def test_every_parameter_learns(name, size, largest_start):
+    generator = make(name, size, largest_start=largest_start).train()
     pictures = generator(*generator.sample(8, rng(0))[0])
     (pictures * torch.randn(pictures.shape, generator=rng(1))).sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in generator.parameters())
+
+
+@pytest.mark.parametrize(
+    ("size", "start"), [(4, 1), (8, 2), (28, 7), (32, 4), (64, 4), (112, 7), (224, 7), (232, 29)]
+)
+def test_the_first_grid_is_halved_until_it_is_small_or_odd(size, start):
+    decoder = Decoder(3, size, 3, width=4, largest_start=7)
+    assert decoder.start == (4, start, start)
+    assert decoder(torch.randn(2, 3)).shape == (2, 3, size, size)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -513,7 +527,8 @@ def test_optimizers():
     for optimizer, module in ((adam, net), (sgd, other)):
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         assert held == {id(p) for p in module.parameters()}
-    _, other = replace(plan, student_optimizer="adam").optimizers(net, other)
+    student = build_student(traced(Tiny(), (3, 8, 8)), plan.config(3, 3))
+    _, other = replace(plan, student_optimizer="adam").optimizers(net, student)
     assert type(other) is torch.optim.Adam
 
 

@@ -56,9 +56,10 @@ FOLDED = {
 def answers(network, x):
     """Logits, BNS, and the gradient of both towards the images."""
     x = x.clone().requires_grad_()
-    with batch_norm_statistics(normalising_layers(network)) as statistics:
+    published, relative = (normalising_layers(network, relative=r) for r in (False, True))
+    with batch_norm_statistics(published) as one, batch_norm_statistics(relative) as other:
         logits = network(x)
-    loss = statistics.loss()
+    loss = one.loss() + other.loss()
     (logits.square().mean() + loss).backward()
     return logits.detach(), loss.detach(), x.grad
 

@@ -28,40 +28,58 @@ def normalise(x, norm):
     return (x - mean) / np.sqrt(var + norm.eps) * gain + shift
 
 
-def distance(rows, norm):
+def distance(rows, norm, relative=False):
     """(samples, channels): squared errors of mean and biased variance, channel by channel."""
+    unit = norm.running_var.mean().item() + norm.eps if relative else 1
     mean_errors, variance_errors = [], []
     for c in range(rows.shape[1]):
         values = rows[:, c]
         mean = sum(values) / len(values)
         variance = sum((v - mean) ** 2 for v in values) / len(values)
-        mean_errors.append((mean - norm.running_mean[c].item()) ** 2)
-        variance_errors.append((variance - norm.running_var[c].item()) ** 2)
+        mean_errors.append((mean - norm.running_mean[c].item()) ** 2 / unit)
+        variance_errors.append((variance - norm.running_var[c].item()) ** 2 / unit**2)
     return np.mean(mean_errors) + np.mean(variance_errors)
 
 
-def oracle(network, x):
+def oracle(network, x, relative):
     norm0, conv, norm1, _, linear, norm2 = network
     n = len(x)
     pixels = x.numpy().transpose(0, 2, 3, 1).reshape(-1, 3)
-    losses = [distance(pixels, norm0)]
+    losses = [distance(pixels, norm0, relative)]
     pixels = normalise(pixels, norm0) @ conv.weight.detach().numpy()[:, :, 0, 0].T
     pixels += conv.bias.detach().numpy()
-    losses.append(distance(pixels, norm1))
+    losses.append(distance(pixels, norm1, relative))
     features = normalise(pixels, norm1).reshape(n, 4, 5).transpose(0, 2, 1).reshape(n, 20)
     features = features @ linear.weight.detach().numpy().T + linear.bias.detach().numpy()
-    losses.append(distance(features, norm2))
+    losses.append(distance(features, norm2, relative))
     return np.mean(losses)
 
 
-@given(seeds, st.integers(1, 4))
-def test_as_numpy(seed, n):
+@given(seeds, st.integers(1, 4), st.booleans())
+def test_as_numpy(seed, n, relative):
     network = net(seed % 97)
     x = torch.randn(n, 3, 2, 2, generator=rng(seed), dtype=torch.float64)
-    with batch_norm_statistics(normalising_layers(network)) as statistics:
+    layers = normalising_layers(network, relative=relative)
+    with batch_norm_statistics(layers) as statistics:
         logits = network(x)
-    assert statistics.loss().item() == pytest.approx(oracle(network, x), rel=1e-12)
+    assert statistics.loss().item() == pytest.approx(oracle(network, x, relative), rel=1e-12)
     assert torch.equal(logits, network(x))
+
+
+@given(seeds, st.floats(0.1, 10))
+def test_relative_to_the_layer_is_the_same_in_any_unit(seed, factor):
+    norm, other = fill(nn.BatchNorm2d(3, eps=0), 1).eval(), nn.BatchNorm2d(3, eps=0).eval()
+    other.running_mean.copy_(norm.running_mean * factor)
+    other.running_var.copy_(norm.running_var * factor**2)
+    x, losses = torch.randn(4, 3, 2, 2, generator=rng(seed)), {}
+    for relative in (True, False):
+        for net, given_x in ((norm, x), (other, x * factor)):
+            with batch_norm_statistics(normalising_layers(net, relative=relative)) as statistics:
+                net(given_x)
+            losses.setdefault(relative, []).append(statistics.loss().item())
+    assert losses[True][0] == pytest.approx(losses[True][1], rel=1e-4)
+    if abs(factor - 1) > 0.1:
+        assert losses[False][0] != pytest.approx(losses[False][1], rel=0.05)
 
 
 def test_zero_for_the_statistics_themselves():

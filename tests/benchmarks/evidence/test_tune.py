@@ -7,6 +7,7 @@ import pytest
 from benchmarks.evidence import tune
 from benchmarks.task import teachers
 from benchmarks.task.task import Task
+from tests.benchmarks.task.test_real_images import task
 
 SHORT = ("--bits", "3", "--steps", "8", "--batch-size", "16", "--seeds", "2")
 
@@ -77,3 +78,9 @@ def test_mistakes(capsys, argv, part):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("tune.py: error: ")
     assert part in line
+
+
+def test_images_without_a_tuning_half(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "load_task", lambda _args: task([0, 1, 2]))
+    assert tune.main(["mine", *SHORT]) == 2
+    assert "one image of each class" in capsys.readouterr().err
