@@ -113,7 +113,9 @@ def quantize(
     tensor that a Conv or Linear reads is quantized, with 8 bits for the image, averages and the
     last layer's input and ``act_bits`` for the rest; the activations' steps are learned (Esser et
     al., ICLR 2020), every third layer of the student follows the teacher's, images of 32 pixels and
-    more are shifted, and from 50 classes on the label enters the generator's BatchNorms (chosen in
+    more are shifted, and from 50 classes on the label enters the generator's BatchNorms. Rates are
+    in steps of quantization, statistics in units of their layer, and large images start from a
+    small grid, so that it suits other networks than it was tuned on (all chosen in
     ``benchmarks/evidence/results/ablation.md``).
 
     Args:
