@@ -113,7 +113,8 @@ def parts(trainer: Trainer) -> dict[str, Callable[[], Any]]:
     labels = logits.argmax(1)
     hook, seed = AGM(interpolation=False, alternate=False), images.new_zeros(()).requires_grad_()
     for optimizer in (trainer.generator_optimizer, trainer.student_optimizer):
-        optimizer.param_groups[0]["lr"] = 0.0  # the pieces' gradients mean nothing
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # the pieces' gradients mean nothing
 
     def generator() -> None:
         out = trainer._run(trainer.generator, *latents)

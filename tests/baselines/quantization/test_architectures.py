@@ -85,18 +85,14 @@ def test_quantized_whole_near_the_original_and_trainable(name):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         settle(net, size)
-    # Some are wide and some chaotic: one of these rates must suit.
-    assert any(falls(losses_of_training(net, size, rate)) for rate in (3e-5, 1e-4, 1e-5))
+    losses = losses_of_training(net, size)
+    assert sum(losses[-4:]) / 4 < losses[0]
 
 
-def falls(losses):
-    return sum(losses[-4:]) / 4 < losses[0]
-
-
-def losses_of_training(net, size, rate):
-    """Of the student at W3A3, from one step to the next, on the same images throughout."""
+def losses_of_training(net, size):
+    """Of the student at W3A3, at quick's rate, on the same images throughout."""
     method, recipe = gdfq.quick(size)
-    recipe = replace(recipe, steps=13, batch_size=8, warmup=0.1, observe=0.1, student_lr=rate,
+    recipe = replace(recipe, steps=13, batch_size=8, warmup=0.1, observe=0.1,
                      generator_lr=1e-6, schedule="constant", shift=False)  # fmt: skip
     trainer = Trainer(
         net,
