@@ -105,9 +105,10 @@ def paper(image_size: int) -> tuple[GDFQ, Recipe]:
 
 def quick(image_size: int) -> tuple[GDFQ, Recipe]:
     """What two CPU cores can wait for; chosen in ``benchmarks/evidence/results/ablation.md``."""
+    large = image_size > 64
     recipe = Recipe(
-        steps=3_600,
-        batch_size=64,
+        steps=600 if large else 3_600,
+        batch_size=16 if large else 64,
         warmup=0.25,
         observe=0.01,
         student_optimizer="adam",
