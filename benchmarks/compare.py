@@ -205,6 +205,14 @@ def grid(args: argparse.Namespace) -> list[Cell]:
     ]
 
 
+def training(args: argparse.Namespace) -> dict[str, Any]:
+    """What of the options :func:`baselines.quantize` takes by the same name."""
+    names = (
+        "in_channels", "recipe", "steps", "batch_size", "activations", "device", "precision",
+    )  # fmt: skip
+    return {name: getattr(args, name) for name in names}
+
+
 def constants(recipe: str, image_size: int) -> dict[str, str]:
     """What the methods and the add-on take where the command line says nothing."""
     made = {name: str(getattr(method, recipe)(image_size)) for name, method in METHODS.items()}
@@ -329,18 +337,12 @@ class Comparison:
                     weight_bits=weight_bits,
                     act_bits=act_bits,
                     image_size=self.task.inputs.image_size,
-                    **self._training(),
+                    **training(self.args),
                 )
                 policies[weight_bits, act_bits] = str(trainer.policy)
                 self.steps[method] = trainer.recipe.steps
                 self.precision = trainer.precision
         return policies
-
-    def _training(self) -> dict[str, Any]:
-        names = (
-            "in_channels", "recipe", "steps", "batch_size", "activations", "device", "precision",
-        )  # fmt: skip
-        return {name: getattr(self.args, name) for name in names}
 
     def _claim_folder(self) -> dict[str, Cell]:
         """Refuse the results of other settings, and to repeat a run unasked.
@@ -383,7 +385,7 @@ class Comparison:
             "eval_every": self.args.eval_every,
             "constants": constants(self.args.recipe, self.task.inputs.image_size),
             **({"ranks": self.partners.size} if self.args.parallel else {}),
-        } | self._training()
+        } | training(self.args)
 
     def _finished(self, cell: Cell) -> Cell | None:
         """The row of a cell that an earlier run completed; None if anything of it is damaged."""
@@ -451,7 +453,7 @@ class Comparison:
             hooks=[] if hook is None else [hook],
             image_size=self.task.inputs.image_size,
             seed=cell["seed"],
-            **self._training(),
+            **training(self.args),
             ranks=self.partners,
             evaluate=judge.figures if self.task.images is not None else None,
             eval_every=self.args.eval_every or self.task.eval_every(self.steps[cell["method"]]),

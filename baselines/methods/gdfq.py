@@ -115,7 +115,7 @@ def quick(image_size: int) -> tuple[GDFQ, Recipe]:
         student_lr=3e-3,
         generator_lr=1e-3,
         schedule="cosine",
-        shift=image_size >= 32,  # of digits of 8 pixels an eighth is a stroke,
+        shift=image_size >= 32,  # of digits of 8 pixels an eighth is a stroke
         relative_bns=True,
         layer_weight=10.0,
         activations="inputs",

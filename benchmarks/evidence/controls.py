@@ -4,11 +4,13 @@
 
 The loss's control adds noise to the images' gradient, as long as the loss's own. Interpolation's
 moves an image as far as interpolation would, in a random direction. Both keep to the same turns.
-Each run is a line of --records, judged on the proof half at its last step; a stopped command goes
-on where it was. Prints each arm's paired difference to the baseline.
+Each run is a line of --records, judged on the proof half at its last step. A stopped command goes
+on where it was; runs of other settings or constants are left alone. Prints each arm's paired
+difference to the baseline, over all runs of these settings.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -30,9 +32,7 @@ from benchmarks.errors import UsageError
 from benchmarks.provenance import provenance
 from benchmarks.task.task import load_task
 
-TRAINING = (
-    "in_channels", "recipe", "steps", "batch_size", "activations", "device", "precision",
-)  # fmt: skip
+ARMS = ("none", "loss", "loss, control", "interpolation", "interpolation, control")
 RECORDS = Path(__file__).parent / "results" / "controls.jsonl"
 
 
@@ -80,9 +80,6 @@ def hooks(arm: str, seed: int) -> list[Hook]:
     return [hook]
 
 
-ARMS = ("none", "loss", "loss, control", "interpolation", "interpolation, control")
-
-
 def main(argv: list[str]) -> int:
     """Exit status 0, or 2 for a user's mistake."""
     parser = argparse.ArgumentParser(
@@ -96,51 +93,48 @@ def main(argv: list[str]) -> int:
         task = load_task(args)
         if task.images is None:
             raise UsageError("--data is missing, the images to judge on")
-        (weight_bits, act_bits), source = args.widths[0], provenance(args.device)
-        rows = [json.loads(line) for line in own.records.open()] if own.records.exists() else []
+        (weight_bits, act_bits), size = args.widths[0], task.inputs.image_size
+        setting = {"model": args.model, "weight_bits": weight_bits, "act_bits": act_bits}
+        setting |= compare.training(args) | {"constants": compare.constants(args.recipe, size)}
+        lines = own.records.read_text().splitlines() if own.records.exists() else []
+        rows = [row for row in map(json.loads, lines) if setting.items() <= row.items()]
         own.records.parent.mkdir(parents=True, exist_ok=True)
-        for seed in range(args.first_seed, args.first_seed + args.seeds):
-            for method in args.methods:
-                for arm in ARMS:
-                    row = {"model": args.model, "bits": [weight_bits, act_bits], "method": method,
-                           "arm": arm, "seed": seed, "steps": args.steps}  # fmt: skip
-                    if any(row.items() <= done.items() for done in rows):
-                        continue
-                    result = quantize(
-                        task.teacher,
-                        method=method,
-                        weight_bits=weight_bits,
-                        act_bits=act_bits,
-                        hooks=hooks(arm, seed),
-                        image_size=task.inputs.image_size,
-                        seed=seed,
-                        **{name: getattr(args, name) for name in TRAINING},
-                    )
-                    row["accuracy_proof"] = task.figures(result.model)["accuracy_proof"]
-                    rows.append(row | source)
-                    with own.records.open("a") as file:
-                        file.write(json.dumps(rows[-1]) + "\n")
-        print(table(rows))
+        seeds = range(args.first_seed, args.first_seed + args.seeds)
+        for seed, method, arm in itertools.product(seeds, args.methods, ARMS):
+            run = {"method": method, "arm": arm, "seed": seed}
+            if any(run.items() <= row.items() for row in rows):
+                continue
+            result = quantize(
+                task.teacher,
+                method=method,
+                weight_bits=weight_bits,
+                act_bits=act_bits,
+                hooks=hooks(arm, seed),
+                image_size=size,
+                seed=seed,
+                **compare.training(args),
+            )
+            run["accuracy_proof"] = task.figures(result.model)["accuracy_proof"]
+            rows.append(run | setting | provenance(args.device))
+            with own.records.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+        print(table(f"{args.model} W{weight_bits}A{act_bits}", rows))
     except AgmError as error:
         print(f"controls.py: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Each setting's paired differences to its baseline, all methods together, as Markdown."""
-    lines = ["| | n | " + " | ".join(ARMS[1:]) + " |", "|---" * (len(ARMS) + 1) + "|"]
-    settings = sorted({(row["model"], tuple(row["bits"])) for row in rows})
-    for model, bits in settings:
-        of_arm: dict[str, dict[Any, float]] = {arm: {} for arm in ARMS}
-        for row in rows:
-            if (row["model"], tuple(row["bits"])) == (model, bits):
-                of_arm[row["arm"]][row["method"], row["seed"]] = row["accuracy_proof"]
-        found = [report.paired_difference(of_arm["none"], of_arm[arm]) for arm in ARMS[1:]]
-        texts = [report.difference_text(d).rpartition(", n=")[0] for d in found]
-        title = f"{model} W{bits[0]}A{bits[1]}"
-        lines.append("| " + " | ".join([title, str(len(of_arm["none"])), *texts]) + " |")
-    return "\n".join(lines)
+def table(title: str, rows: list[dict[str, Any]]) -> str:
+    """The arms' paired differences to the baseline, all methods together, as Markdown."""
+    of_arm: dict[str, dict[Any, float]] = {arm: {} for arm in ARMS}
+    for row in rows:
+        of_arm[row["arm"]][row["method"], row["seed"]] = row["accuracy_proof"]
+    found = [report.paired_difference(of_arm["none"], of_arm[arm]) for arm in ARMS[1:]]
+    texts = [report.difference_text(d).rpartition(", n=")[0] for d in found]
+    head = ["", "n", *ARMS[1:]]
+    lines = [head, ["---"] * len(head), [title, str(len(of_arm["none"])), *texts]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

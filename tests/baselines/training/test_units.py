@@ -46,11 +46,10 @@ def test_units_are_steps(weight_bits, act_bits, factor):
     made = student(net, weight_bits, act_bits, fold_batch_norm=False)
     conv = made.conv1.conv
     quantizer, weight = conv.parametrizations.weight[0], conv.parametrizations.weight.original
-    levels = quantizer(weight.detach()).flatten(1) / quantizer.scale_and_zero_point(weight)[
-        0
-    ].flatten(1)
+    scale, _ = quantizer.scale_and_zero_point(weight)
+    levels = quantizer(weight.detach()) / scale
     assert (levels - levels.round()).abs().max() < 1e-3
-    scales = sorted(quantizer.scale_and_zero_point(weight)[0].flatten()[1:].tolist())
+    scales = sorted(scale.flatten()[1:].tolist())
     unit = units(made)[id(weight)]
     if weight_bits > 4:
         unit *= (2**weight_bits - 1) / 15

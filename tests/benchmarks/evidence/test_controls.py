@@ -78,6 +78,11 @@ def test_records_and_going_on(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "new" / "c.jsonl").read_text() == first
     assert capsys.readouterr().out == printed
     assert "| digits W2A2 | 2 |" in printed
+    assert controls.main([*SHORT, "--batch-size", "8", "--records", "new/c.jsonl"]) == 0
+    rows = (tmp_path / "new" / "c.jsonl").read_text()
+    assert rows.startswith(first)  # of other settings: neither taken nor touched
+    assert len(rows.splitlines()) == 20
+    assert capsys.readouterr().out != printed
 
 
 def test_a_mistake(capsys):
