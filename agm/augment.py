@@ -7,24 +7,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agm.errors import AgmValueError, check_state
-from agm.functional import interpolate
+from agm.functional import interpolate, regions
 
 
 class LinearInterpolation:
     """Mix each image with another one of its batch: x' = lerp(x, x[pi], lambda).
 
-    pi is a random permutation and lambda ~ U(0, 1), one per sample, the weight of x[pi]. Both come
-    from a generator that this object owns (on the CPU, so that every device mixes alike); the
-    global RNG is never touched.
+    pi is a random permutation and lambda ~ U(0, 1), one per sample, the weight of x[pi]. With
+    ``regions`` lambda is one per pixel, 1 inside a box at a random place and 0 outside, and the
+    share of the image that the box covers where it is not cut off is what is ~ U(0, 1): see
+    :func:`agm.functional.regions`; samples without pixels, (N, ...) of fewer than three dimensions,
+    are mixed whole. All comes from a generator that this object owns (on the CPU, so that every
+    device mixes alike); the global RNG is never touched.
 
     Args:
         seed: of that generator (default 0).
+        regions: mix a box of the image in place of all of it (default False).
 
-    Source: Luo et al., IEEE TCSVT 2024, doi 10.1109/TCSVT.2024.3399311 (the idea).
+    Source: Luo et al., IEEE TCSVT 2024, doi 10.1109/TCSVT.2024.3399311 (the idea); the boxes are
+    those of Yun et al., "CutMix", ICCV 2019.
     """
 
-    def __init__(self, *, seed: int = 0) -> None:
+    def __init__(self, *, seed: int = 0, regions: bool = False) -> None:
         self._rng = torch.Generator("cpu").manual_seed(seed)
+        self.regions = regions
 
     @overload
     def __call__(self, images: Tensor, *, weight: Tensor | float | None = None) -> Tensor: ...
@@ -47,10 +53,12 @@ class LinearInterpolation:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Interpolate a batch; with labels, mix them too: (1 - lambda) y + lambda y[pi].
 
+        Where lambda is one per pixel, labels take the mean of it.
+
         Args:
             images: (N, ...), any floating dtype; not written to.
             labels: (N,) integers, which need ``num_classes``, or (N, C) probabilities.
-            weight: lambda, (N,) or a number, in place of the uniform draw.
+            weight: lambda, (N,), (N, 1, ...) or a number, in place of the random one.
 
         Returns:
             Images of the same shape, dtype and memory format; with labels also (N, C) soft labels,
@@ -65,19 +73,32 @@ class LinearInterpolation:
             raise AgmValueError(f"need a batch (N, ...) with N >= 1, got {tuple(images.shape)}")
         n = images.shape[0]
         targets = None if labels is None else _soft_labels(labels, images, num_classes)
-        # Our own draws, which nothing else writes to, need not wait for the device.
-        permutation = torch.randperm(n, generator=self._rng, device="cpu")
-        permutation = permutation.to(images.device, non_blocking=True)
+        permutation = self._sent(torch.randperm(n, generator=self._rng, device="cpu"), images)
         if weight is None:
-            weight = torch.rand(n, dtype=torch.float64, generator=self._rng, device="cpu")
-            weight = weight.to(images, non_blocking=True)
+            weight = self._drawn(images)
         elif not isinstance(weight, Tensor) or not weight.ndim:
             weight = images.new_full((n,), float(weight))
         weight = weight.to(images)
         mixed = interpolate(images, permutation, weight)
         if targets is None:
             return mixed
+        if weight.ndim > 1:
+            weight = weight.to(targets).flatten(1).mean(1)
         return mixed, interpolate(targets, permutation, weight)
+
+    def _drawn(self, images: Tensor) -> Tensor:
+        """lambda, on the images' device."""
+        n, size = images.shape[0], images.shape[2:]
+        draws: dict[str, Any] = {"generator": self._rng, "dtype": torch.float64, "device": "cpu"}
+        share = torch.rand(n, **draws)
+        if not self.regions or not size:
+            return self._sent(share, images)
+        centre = torch.rand(n, len(size), **draws)
+        return regions(self._sent(share, images), self._sent(centre, images), size)
+
+    def _sent(self, own: Tensor, images: Tensor) -> Tensor:
+        """To the images' device, which need not be waited for: nothing else writes to ``own``."""
+        return own.to(images.device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the random generator."""

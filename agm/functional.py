@@ -9,7 +9,7 @@ values never are: a non-finite input gives a non-finite output.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -241,6 +241,39 @@ def sampled_margin(
     return F.relu(mu + sigma * noise.to(d) - d).to(discrepancy.dtype)
 
 
+def regions(share: Tensor, centre: Tensor, size: Sequence[int]) -> Tensor:
+    """One box an image, 1 inside and 0 outside: interpolation weights that take turns over it.
+
+    In each of the D dimensions the box has the side share^(1/D) of the image's and is cut off at
+    its border; a pixel is inside if its middle is.
+
+    Args:
+        share: (N,), in [0, 1], of the image that a box covers where it is not cut off.
+        centre: (N, D), in [0, 1], of the image's sides.
+        size: (D,), of an image in pixels.
+
+    Returns:
+        (N, 1, *size), in the dtype of ``share``, to be :func:`interpolate`'s ``weight``.
+
+    Raises:
+        AgmValueError: a centre of another shape than (N, D).
+
+    Source: Yun et al., "CutMix", ICCV 2019.
+    """
+    if share.ndim != 1 or centre.shape != (len(share), len(size)):
+        raise AgmValueError(
+            f"share must be (N,) and centre (N, {len(size)}) for images of {tuple(size)} pixels, "
+            f"got {tuple(share.shape)} and {tuple(centre.shape)}"
+        )
+    half = share ** (1 / max(1, len(size))) / 2
+    inside = torch.ones(len(share), 1, *size, dtype=torch.bool, device=share.device)
+    for i, pixels in enumerate(size):
+        middles = (torch.arange(pixels, dtype=share.dtype, device=share.device) + 0.5) / pixels
+        along = (middles - centre[:, i, None]).abs() < half[:, None]
+        inside = inside & along.view(-1, 1, *(pixels if i == j else 1 for j in range(len(size))))
+    return inside.to(share.dtype)
+
+
 def interpolate(images: Tensor, permutation: Tensor, weight: Tensor) -> Tensor:
     """Linear interpolation of a batch with a permutation of itself.
 
@@ -249,7 +282,8 @@ def interpolate(images: Tensor, permutation: Tensor, weight: Tensor) -> Tensor:
     Args:
         images: x, (N, ...), any floating dtype; also soft labels (N, C).
         permutation: (N,) integers.
-        weight: (N,), the share of x[permutation], in [0, 1] for the convex hull.
+        weight: (N,), the share of x[permutation], in [0, 1] for the convex hull; or one a pixel,
+            (N, 1, ...) for images (N, channels, ...).
 
     Returns:
         A new tensor of x's shape, dtype and memory format. Weights 0 and 1 give back x and
@@ -266,8 +300,16 @@ def interpolate(images: Tensor, permutation: Tensor, weight: Tensor) -> Tensor:
         raise AgmValueError(f"need a batch (N, ...) with N >= 1, got {tuple(images.shape)}")
     if not images.is_floating_point():
         raise AgmValueError(f"images must be floating point, got {images.dtype}")
-    for name, value in (("permutation", permutation), ("weight", weight)):
-        if value.shape != (n,):
-            raise AgmValueError(f"{name} must be ({n},) for this batch, got {tuple(value.shape)}")
-    weight = weight.to(images).view(-1, *(1,) * (images.ndim - 1))
-    return torch.lerp(images, images[permutation.long()], weight)
+    if permutation.shape != (n,):
+        raise AgmValueError(
+            f"permutation must be ({n},) for this batch, got {tuple(permutation.shape)}"
+        )
+    a_pixel = (n, 1, *images.shape[2:]) if images.ndim > 2 else (n,)
+    if weight.shape == (n,):
+        weight = weight.view(-1, *(1,) * (images.ndim - 1))
+    elif weight.shape != a_pixel:
+        raise AgmValueError(
+            f"weight must be ({n},) or, one a pixel, {a_pixel} for this batch, "
+            f"got {tuple(weight.shape)}"
+        )
+    return torch.lerp(images, images[permutation.long()], weight.to(images))

@@ -120,8 +120,8 @@ class AGM:
       generator's other terms. It is measured every ``interval`` evaluations (two extra backward
       passes to the images) and averaged; without ``other_terms`` it stays 1.
 
-    The student's batch is interpolated (:class:`agm.LinearInterpolation`); the trainer then asks
-    the teacher about the new images.
+    The student's batch is interpolated (:class:`agm.LinearInterpolation`), by default in one box
+    of each image; the trainer then asks the teacher about the new images.
 
     The two take turns, the loss first, also where one of them is switched off: the loss needs the
     student's forward on the generated images, which a trainer can share where the student then
@@ -134,12 +134,13 @@ class AGM:
         loss, interpolation: switch either part off (default: both on).
         discrepancy: a name of ``agm.functional.DISCREPANCIES`` or a callable
             (teacher_logits, student_logits) -> (N,).
-        ratio: of the gradients' norms, > 0 (default 0.1, chosen in
+        ratio: of the gradients' norms, > 0 (default 0.2; it and ``regions`` are chosen in
             ``benchmarks/evidence/results/ablation.md``).
         decay: of the running averages, in [0, 1) (default 0.95).
         interval: evaluations of the term, one a micro-batch, from one measurement of the weight to
             the next, >= 1 (default 10).
         alternate: take turns (default); False for both in every call.
+        regions: interpolate a box of each image (default); False for all of it.
         seed: of the interpolation's own random generator (default 0).
 
     Raises:
@@ -165,10 +166,11 @@ class AGM:
         loss: bool = True,
         interpolation: bool = True,
         discrepancy: str | Discrepancy = "total_variation",
-        ratio: float = 0.1,
+        ratio: float = 0.2,
         decay: float = 0.95,
         interval: int = 10,
         alternate: bool = True,
+        regions: bool = True,
         seed: int = 0,
     ) -> None:
         if not 0 < ratio < math.inf:
@@ -180,7 +182,7 @@ class AGM:
         self.discrepancy = resolve_discrepancy(discrepancy)
         self.ratio, self.decay, self.interval = ratio, decay, interval
         self.loss, self.interpolation, self.alternate = loss, interpolation, alternate
-        self.mix = LinearInterpolation(seed=seed)
+        self.mix = LinearInterpolation(seed=seed, regions=regions)
         self.num_classes: int | None = None
         self.evaluations = 0
         self.turn = 0  # the first one, which is the loss's, is 1
@@ -331,7 +333,7 @@ class AGM:
         return (
             f"{type(self).__name__}(loss={self.loss}, interpolation={self.interpolation}, "
             f"discrepancy={name}, ratio={self.ratio}, decay={self.decay}, "
-            f"interval={self.interval}, alternate={self.alternate})"
+            f"interval={self.interval}, alternate={self.alternate}, regions={self.mix.regions})"
         )
 
     def _balance(self, term: Tensor, other_terms: Tensor, images: Tensor, scale: float) -> Tensor:

@@ -105,5 +105,5 @@ def paper(image_size: int) -> tuple[AdaDFQ, Recipe]:
 
 def quick(image_size: int) -> tuple[AdaDFQ, Recipe]:
     """GDFQ's quick recipe with AdaDFQ's losses."""
-    method = AdaDFQ(width=64, many_classes=50, largest_start=8, bns_weight=15.0)
+    method = AdaDFQ(width=64, many_classes=50, largest_start=8, bns_weight=50.0)
     return method, gdfq.quick(image_size)[1]

@@ -56,7 +56,7 @@ class NoiseForInterpolation(LinearInterpolation):
     """Each image moved as far as interpolation would, in a random direction; labels kept."""
 
     def __init__(self, *, seed: int) -> None:
-        super().__init__(seed=seed)
+        super().__init__(seed=seed, regions=True)  # as AGM's
         self.rng = torch.Generator().manual_seed(seed)
 
     def __call__(self, images: Tensor, labels: Tensor, **given: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]

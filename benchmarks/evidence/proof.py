@@ -1,10 +1,12 @@
 """The proof's queue: every grid behind README's table and the record's, most important first.
 
-    python benchmarks/evidence/proof.py --weights cifar10_resnet20.th --data cifar10/dev
+    python benchmarks/evidence/proof.py --cifar10 cifar10_resnet20.th cifar10/dev \\
+        --cifar100 cifar100_resnet20.th cifar100/dev --imagenet imagenet/val
 
-Each seed of a grid is one run of compare.py; its finished cells are added to
-benchmarks/evidence/results/proof/GRID.json. A stopped or killed queue goes on with the same
-command, and several may work side by side: each takes the next seed that nobody else works on.
+Grids whose images are not given are left out. Each seed of a grid is one run of compare.py; its
+finished cells are added to benchmarks/evidence/results/proof/GRID.json. A stopped or killed queue
+goes on with the same command, and several may work side by side: each takes the next seed that
+nobody else works on.
 """
 
 import argparse
@@ -29,27 +31,39 @@ RESULTS = Path(__file__).parent / "results" / "proof"
 FIRST_SEED = 100  # the search used the seeds below
 ROOM = "--with-agm --with-real"
 PARTS = "--with-agm loss interpolation"
-RESNET = "--model resnet20"
+# Networks by the option that gives their images; the first that a grid's arguments start with.
+NETWORKS = {
+    "cifar100": "--model resnet20 --num-classes 100",
+    "cifar10": "--model resnet20",
+    "imagenet": "--model efficientnet_lite0 --pretrained",
+}
+CIFAR100, CIFAR10, IMAGENET = NETWORKS.values()
 # Grid: the arguments of compare.py, and how many seeds; first where there is room.
-GRIDS = {
-    "digits-w2a2": (f"--bits 2 --baseline all {ROOM}", 10),
-    "resnet20-w2a2-gdfq": (f"{RESNET} --bits 2 --steps 1200 --baseline gdfq {ROOM}", 5),
+GRIDS = {"digits-w2a2": (f"--bits 2 --baseline all {ROOM}", 10)} | {
+    f"{name}-{method}": (f"{network} --bits {bits} --steps 1200 --baseline {method} {ROOM}", 5)
+    for method in ("gdfq", "adadfq", "qimera")
+    for name, network, bits in (("resnet20-w2a2", CIFAR10, 2), ("cifar100-w3a3", CIFAR100, 3))
+} | {
+    f"efficientnet-w{bits}a{bits}-gdfq": (
+        f"{IMAGENET} --bits {bits} --steps {steps} --baseline gdfq --with-agm", 3,
+    )
+    for bits, steps in ((4, 150), (5, 100), (8, 100))
 } | {
     f"resnet20-w{bits}a{bits}-{method}": (
-        f"{RESNET} --bits {bits} --baseline {method} {ROOM}", seeds,
+        f"{CIFAR10} --bits {bits} --baseline {method} {ROOM}", seeds,
     )
-    for bits, seeds in ((3, 5), (4, 3))
+    for bits, seeds in ((3, 5), (4, 3), (2, 3))
     for method in METHODS
 } | {
     "digits-w2a2-parts": (f"--bits 2 --baseline all {PARTS}", 10),
     "digits-w3a3": (f"--bits 3 --baseline all {ROOM}", 10),
-    "resnet20-w3a3-gdfq-parts": (f"{RESNET} --bits 3 --baseline gdfq {PARTS}", 5),
-    # The add-on makes a step 10 % dearer; as much time buys the baseline 10 % more steps.
-    "resnet20-w3a3-gdfq-equal-time": (f"{RESNET} --bits 3 --baseline gdfq --steps 3960", 5),
+    "resnet20-w2a2-gdfq-parts": (f"{CIFAR10} --bits 2 --steps 1200 --baseline gdfq {PARTS}", 5),
+    # The add-on makes a step a fifth dearer at most; as much time buys the baseline more steps.
+    "resnet20-w2a2-gdfq-equal-time": (f"{CIFAR10} --bits 2 --baseline gdfq --steps 1440", 5),
 } | {
     # The published recipes, their schedule drawn together to a twentieth, all with AdaDFQ's batch.
     f"resnet20-w3a3-{method}-paper": (
-        f"{RESNET} --recipe paper --steps 4000 --batch-size 16 --bits 3 --baseline {method} "
+        f"{CIFAR10} --recipe paper --steps 4000 --batch-size 16 --bits 3 --baseline {method} "
         "--with-agm", 3,
     )
     for method in METHODS
@@ -59,8 +73,21 @@ GRIDS = {
 def setting(arguments: str) -> str:
     """What grids have in common whose runs may lie in one folder: network, recipe and length."""
     args = compare.parse(shlex.split(arguments))
-    parts = [args.model, "" if args.recipe == "quick" else args.recipe, str(args.steps or "")]
-    return "-".join(part for part in parts if part)
+    recipe = None if args.recipe == "quick" else args.recipe
+    parts = args.model, args.num_classes, recipe, args.steps
+    return "-".join(str(part) for part in parts if part)
+
+
+def images(arguments: str, given: argparse.Namespace) -> list[str] | None:
+    """compare.py's options for the network's weights and images; None if they were not given."""
+    name = next((n for n, network in NETWORKS.items() if arguments.startswith(network)), None)
+    if name is None:
+        return []  # digits bring their own
+    files = getattr(given, name)
+    if files is None:
+        return None
+    names = ["--data"] if name == "imagenet" else ["--weights", "--data"]
+    return [part for pair in zip(names, map(str, files), strict=True) for part in pair]
 
 
 def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
@@ -79,7 +106,7 @@ def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
         if source not in sources:
             sources.append(source)
         own = {"source": sources.index(source)}
-        if not arguments.startswith(RESNET):
+        if not arguments.startswith(CIFAR10):
             own |= {"history": []}
         cells = {cell["name"]: cell for cell in known.get("cells", [])}
         for cell in content["cells"]:
@@ -122,16 +149,23 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--weights", type=Path, required=True, help="of ResNet-20")
-    parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 images, an ImageFolder")
+    for name, files in (
+        ("cifar10", ("WEIGHTS", "DATA")), ("cifar100", ("WEIGHTS", "DATA")), ("imagenet", ("DATA",))
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=Path, nargs=len(files), metavar=files)
     parser.add_argument("--grids", nargs="+", choices=GRIDS, default=list(GRIDS), metavar="GRID",
                         help=f"default: all of {', '.join(GRIDS)}")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/proof"))
     args = parser.parse_args(argv)
     worst = 0
+    judged_on = {grid: images(GRIDS[grid][0], args) for grid in args.grids}
+    left_out = [grid for grid, files in judged_on.items() if files is None]
+    if left_out:
+        print(f"left out, as their images were not given: {', '.join(left_out)}", flush=True)
     runs = [
         (grid, seed)
         for grid in args.grids
+        if grid not in left_out
         for seed in range(FIRST_SEED, FIRST_SEED + GRIDS[grid][1])
     ]
     for grid, seed in runs:
@@ -139,8 +173,7 @@ def main(argv: list[str]) -> int:
         out = args.out / f"{setting(arguments)}-seed{seed}"  # grids share a baseline's runs
         run = [*shlex.split(arguments), "--seeds", "1"]
         run += ["--first-seed", str(seed), "--out", str(out)]
-        if arguments.startswith(RESNET):
-            run += ["--weights", str(args.weights), "--data", str(args.data)]
+        run += judged_on[grid] or []
         if not missing(run, setting(arguments)):
             continue
         try:

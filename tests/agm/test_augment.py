@@ -47,6 +47,42 @@ def test_images_follow_the_same_mixture_as_labels(x, seed):
     assert same_bits(LinearInterpolation(seed=seed)(x), images)  # labels do not change the draw
 
 
+@given(dtypes, seeds, st.integers(1, 6), st.lists(st.integers(1, 5), min_size=1, max_size=2))
+def test_regions_show_either_image_and_labels_their_share(dtype, seed, n, size):
+    # Each image has a value of its own, by which its pixels are known.
+    x = torch.arange(n).view(n, 1, *(1 for _ in size)).expand(n, 3, *size).to(dtype)
+    images, soft = LinearInterpolation(seed=seed, regions=True)(x, torch.eye(n).double())
+    assert images.dtype == dtype
+    for i in range(n):
+        assert (images[i] == images[i, :1]).all()  # all channels alike
+        shown = images[i, 0].flatten().long().bincount(minlength=n) / images[i, 0].numel()
+        assert torch.allclose(soft[i], shown.double(), rtol=0, atol=1e-6)
+        assert (shown > 0).sum() <= 2
+    assert same_bits(LinearInterpolation(seed=seed, regions=True)(x), images)
+
+
+def test_regions_are_of_every_size_at_every_place():
+    n, mix, covered = 512, LinearInterpolation(seed=0, regions=True), []
+    for _ in range(8):
+        _, soft = mix(torch.zeros(n, 1, 32, 32), torch.eye(n))
+        covered += [w for i, (j, w) in enumerate(drawn(soft)) if i != j]
+    covered = torch.tensor(covered, dtype=torch.float64)
+    # E[u], of which a side u^(1/2) at a uniform place keeps what lies in [0, 1], by a fine grid.
+    grid = torch.linspace(0, 1, 401, dtype=torch.float64)
+    side, middle = grid.sqrt()[:, None], grid[None]
+    part = (middle + side / 2).clamp(max=1) - (middle - side / 2).clamp(min=0)
+    want = part.mean(1).square().mean()
+    assert abs(covered.mean() - want) < 5 * covered.std() / len(covered) ** 0.5
+    assert covered.max() > 0.9
+
+
+def test_samples_without_pixels_are_mixed_whole():
+    x, y = torch.randn(6, 5, generator=rng(0)), torch.eye(6)
+    whole = LinearInterpolation(seed=2)(x, y)
+    for a, b in zip(LinearInterpolation(seed=2, regions=True)(x, y), whole, strict=True):
+        assert same_bits(a, b)
+
+
 @given(mixtures(torch.float64), seeds)
 def test_given_weights_replace_the_uniform_law(mixture, seed):
     x, _, weight = mixture

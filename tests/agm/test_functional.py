@@ -1,5 +1,6 @@
 """agm.functional against mpmath and literal loops."""
 
+import itertools
 import math
 
 import mpmath
@@ -12,7 +13,13 @@ from mpmath import mpf
 from torch import Tensor
 
 from agm import AgmError, functional
-from agm.functional import DISCREPANCIES, expected_margin, interpolate, sampled_margin
+from agm.functional import (
+    DISCREPANCIES,
+    expected_margin,
+    interpolate,
+    regions,
+    sampled_margin,
+)
 from tests.agm import (
     LOOPS,
     discrepancy_loop,
@@ -444,6 +451,46 @@ def test_permutation_of_any_integer_dtype(dtype):
     assert interpolate(x, permutation, torch.ones(3)).tolist() == [[4, 5], [0, 1], [2, 3]]
 
 
+@given(dtypes.flatmap(mixtures), seeds)
+def test_a_weight_a_pixel_is_the_literal_loop(mixture, seed):
+    x, permutation, _ = mixture
+    if x.ndim < 3:
+        x = x.reshape(len(x), 1, -1)
+    weight = torch.rand(len(x), 1, *x.shape[2:], generator=rng(seed)).to(x.dtype)
+    got = interpolate(x, permutation, weight)
+    for channel in range(x.shape[1]):
+        for i, j in enumerate(permutation.tolist()):
+            a, b = x[i, channel].double(), x[j, channel].double()
+            w = weight[i, 0].double()
+            error = 2 * eps(x.dtype) * (a.abs() + b.abs())
+            assert ((got[i, channel].double() - ((1 - w) * a + w * b)).abs() <= error).all()
+
+
+@given(st.lists(st.integers(1, 5), max_size=3), st.integers(1, 4), seeds)
+def test_regions_are_the_literal_loop(size, n, seed):
+    share = torch.rand(n, generator=rng(seed), dtype=torch.float64)
+    centre = torch.rand(n, len(size), generator=rng(seed + 1), dtype=torch.float64)
+    got = regions(share, centre, size)
+    assert got.shape == (n, 1, *size)
+    assert got.dtype == share.dtype
+    side = share.tolist() if len(size) < 2 else [u ** (1 / len(size)) for u in share.tolist()]
+    for i in range(n):
+        for at in itertools.product(*map(range, size)):
+            far = [
+                abs((place + 0.5) / pixels - middle)
+                for place, pixels, middle in zip(at, size, centre[i].tolist(), strict=True)
+            ]
+            assert got[i, 0][at].item() == all(2 * f < side[i] for f in far)
+
+
+def test_a_region_covers_its_share_where_it_is_not_cut_off():
+    share, middle = torch.linspace(0, 1, 101), torch.full((101, 2), 0.5)
+    covered = regions(share, middle, (200, 200)).flatten(1).mean(1)
+    assert torch.allclose(covered, share, rtol=0, atol=0.02)
+    corner = regions(share, torch.zeros(101, 2), (200, 200)).flatten(1).mean(1)
+    assert torch.allclose(corner, share / 4, rtol=0, atol=0.02)
+
+
 @given(mixtures(torch.float64))
 def test_interpolation_gradient(mixture):
     x, permutation, weight = mixture
@@ -470,6 +517,14 @@ X, PERMUTATION, WEIGHT = torch.zeros(3, 2), torch.arange(3), torch.zeros(3)
         (lambda: interpolate(X, PERMUTATION[:, None], WEIGHT), r"permutation .*\(3, 1\)"),
         (lambda: interpolate(X, PERMUTATION, torch.zeros(2)), r"weight .*\(3,\).*\(2,\)"),
         (lambda: interpolate(X, PERMUTATION, torch.tensor(0.5)), r"weight .*\(\)"),
+        (lambda: interpolate(X, PERMUTATION, WEIGHT[:, None]), r"weight .*\(3, 1\)"),
+        (
+            lambda: interpolate(torch.zeros(3, 2, 4), PERMUTATION, torch.zeros(3, 2, 4)),
+            r"weight .*\(3,\).*\(3, 1, 4\).*\(3, 2, 4\)",
+        ),
+        (lambda: interpolate(X[..., None], PERMUTATION[1:], torch.zeros(3, 1, 1)), "permutation"),
+        (lambda: regions(WEIGHT, torch.zeros(3, 1), (4, 4)), r"\(N, 2\).*\(3,\).*\(3, 1\)"),
+        (lambda: regions(WEIGHT[:, None], torch.zeros(3, 2), (4, 4)), r"\(3, 1\)"),
         (lambda: interpolate(X.long(), PERMUTATION, WEIGHT), "int64"),
         (lambda: sampled_margin(WEIGHT, 0.5, 0.1, torch.zeros(4)), r"noise .*\(3,\).*\(4,\)"),
         (lambda: sampled_margin(WEIGHT, 0.5, 0.1, torch.tensor(1.0)), r"noise .*\(\)"),

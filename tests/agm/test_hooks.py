@@ -331,10 +331,11 @@ def test_other_terms_are_read_only(seed):
 # The student's batch
 
 
-@given(seeds, dtypes, st.integers(1, 6), st.booleans())
-def test_batch_is_the_interpolation_of_its_seed(seed, dtype, n, soft):
+@given(seeds, dtypes, st.integers(1, 6), st.booleans(), st.booleans())
+def test_batch_is_the_interpolation_of_its_seed(seed, dtype, n, soft, regions):
     x = torch.randn(n, 3, 2, generator=rng(seed)).to(dtype)
-    hook, mix = AGM(seed=seed, alternate=False), LinearInterpolation(seed=seed)
+    hook = AGM(seed=seed, alternate=False, regions=regions)
+    mix = LinearInterpolation(seed=seed, regions=regions)
     assert same_bits(hook.student_batch(images=x), mix(x))
     if soft:
         labels, more = torch.rand(n, 3, generator=rng(seed)).softmax(1), {}
@@ -352,7 +353,7 @@ def test_batch_is_the_interpolation_of_its_seed(seed, dtype, n, soft):
 def test_loss_and_interpolation_take_turns(seed, decay, interval, n):
     settings = {"decay": decay, "interval": interval, "seed": seed}
     hook, always = AGM(**settings), AGM(**settings, alternate=False)
-    mix, calls = LinearInterpolation(seed=seed), []
+    mix, calls = LinearInterpolation(seed=seed, regions=True), []
     for i, step in enumerate(steps(seed, n)):
         x, student = step["images"], step["student"]
         y = torch.randint(3, (len(x),), generator=rng(seed + i))
@@ -742,7 +743,7 @@ def test_repr_tells_the_settings():
     hook = AGM(ratio=0.5, discrepancy="logit_l1", alternate=False)
     assert repr(hook) == (
         "AGM(loss=True, interpolation=True, discrepancy=logit_l1, ratio=0.5, decay=0.95, "
-        "interval=10, alternate=False)"
+        "interval=10, alternate=False, regions=True)"
     )
     hooks = [AGM(discrepancy=functools.partial(lambda k, t, s: t[:, 0] - s[:, 0], k)) for k in "ab"]
     assert repr(hooks[0]) == repr(hooks[1])  # no address, which another process would not repeat
@@ -893,8 +894,8 @@ def test_arguments_are_given_by_name():
 
 def test_the_documented_defaults():
     plain, spelled_out = AGM(), AGM(
-        loss=True, interpolation=True, discrepancy="total_variation", ratio=0.1, decay=0.95,
-        interval=10, alternate=True, seed=0,
+        loss=True, interpolation=True, discrepancy="total_variation", ratio=0.2, decay=0.95,
+        interval=10, alternate=True, regions=True, seed=0,
     )  # fmt: skip
     for step, again in zip(steps(1, 25), steps(1, 25), strict=True):
         got, want = (

@@ -26,9 +26,7 @@ def queue(tmp_path, monkeypatch):
     """Runs the queue on digits, into tmp_path."""
     monkeypatch.setattr(proof, "GRIDS", GRIDS)
     monkeypatch.setattr(proof, "RESULTS", tmp_path / "results")
-    return lambda *more: proof.main(
-        ["--weights", "w", "--data", "d", "--out", str(tmp_path / "runs"), *more]
-    )
+    return lambda *more: proof.main(["--out", str(tmp_path / "runs"), *more])
 
 
 def cells(tmp_path, grid):
@@ -137,7 +135,22 @@ def test_cells_of_another_recipe_are_trained_again(
 
 def test_a_mistake_ends_the_queue(queue, monkeypatch):
     monkeypatch.setattr(proof, "GRIDS", {"a": ("--model resnet20", 1)})
-    assert queue("--grids", "a") == 2
+    assert queue("--grids", "a", "--cifar10", "no-weights", "no-images") == 2
+
+
+def test_each_network_is_judged_on_its_own_images(queue, monkeypatch, capsys):
+    networks = {f"on {name}": (f"{start} --bits 3", 1) for name, start in proof.NETWORKS.items()}
+    monkeypatch.setattr(proof, "GRIDS", networks)
+    runs = []
+    monkeypatch.setattr(compare, "main", lambda argv: runs.append(argv) or 0)
+    assert queue("--cifar100", "W", "D", "--imagenet", "I") == 0
+    by_model = [(argv[: argv.index("--bits")], argv[argv.index("--out") + 2 :]) for argv in runs]
+    assert by_model == [
+        (["--model", "resnet20", "--num-classes", "100"], ["--weights", "W", "--data", "D"]),
+        (["--model", "efficientnet_lite0", "--pretrained"], ["--data", "I"]),
+    ]
+    assert "not given: on cifar10\n" in capsys.readouterr().out
+    assert len({argv[argv.index("--out") + 1] for argv in runs}) == 2
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40))
