@@ -27,7 +27,7 @@ from torch import Tensor
 
 from agm import AGM, AgmError, Hook, LinearInterpolation
 from baselines import quantize
-from benchmarks import compare, report
+from benchmarks import command_line, report
 from benchmarks.errors import UsageError
 from benchmarks.provenance import provenance
 from benchmarks.task.task import load_task
@@ -89,13 +89,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--records", type=Path, default=RECORDS)
     own, rest = parser.parse_known_args(argv)
     try:
-        args = compare.parse(rest)
+        args = command_line.parse(rest)
         task = load_task(args)
         if task.images is None:
             raise UsageError("--data is missing, the images to judge on")
         (weight_bits, act_bits), size = args.widths[0], task.inputs.image_size
         setting = {"model": args.model, "weight_bits": weight_bits, "act_bits": act_bits}
-        setting |= compare.training(args) | {"constants": compare.constants(args.recipe, size)}
+        setting |= command_line.training(args) | {
+            "constants": command_line.constants(args.recipe, size)
+        }
         lines = own.records.read_text().splitlines() if own.records.exists() else []
         rows = [row for row in map(json.loads, lines) if setting.items() <= row.items()]
         own.records.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +114,7 @@ def main(argv: list[str]) -> int:
                 hooks=hooks(arm, seed),
                 image_size=size,
                 seed=seed,
-                **compare.training(args),
+                **command_line.training(args),
             )
             run["accuracy_proof"] = task.figures(result.model)["accuracy_proof"]
             rows.append(run | setting | provenance(args.device))

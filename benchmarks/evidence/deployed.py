@@ -31,7 +31,7 @@ from torch import Tensor
 from agm import AgmError
 from baselines import deployed, export_onnx, load_quantized
 from baselines.quantization.export import float_onnx
-from benchmarks import compare, report
+from benchmarks import command_line, report
 from benchmarks.errors import UsageError
 from benchmarks.provenance import provenance
 from benchmarks.task.task import Task, load_task
@@ -120,7 +120,7 @@ def main(argv: list[str]) -> int:
     own, rest = parser.parse_known_args(argv)
     try:
         torch.set_num_threads(1)
-        task = load_task(compare.parse(rest))
+        task = load_task(command_line.parse(rest))
         if task.images is None:
             raise UsageError("--data is missing, the images to judge on")
         task.teacher.cpu()

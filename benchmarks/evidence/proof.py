@@ -23,7 +23,7 @@ import benchmarks  # noqa: F401 - first, since it says what is missing
 # isort: split
 from agm import AgmError
 from baselines import METHODS
-from benchmarks import compare, report
+from benchmarks import command_line, compare, report
 from benchmarks.errors import UsageError
 from benchmarks.process import locked
 
@@ -72,7 +72,7 @@ GRIDS = {"digits-w2a2": (f"--bits 2 --baseline all {ROOM}", 10)} | {
 
 def setting(arguments: str) -> str:
     """What grids have in common whose runs may lie in one folder: network, recipe and length."""
-    args = compare.parse(shlex.split(arguments))
+    args = command_line.parse(shlex.split(arguments))
     recipe = None if args.recipe == "quick" else args.recipe
     parts = args.model, args.num_classes, recipe, args.steps
     return "-".join(str(part) for part in parts if part)
@@ -118,7 +118,9 @@ def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
 
 def missing(argv: list[str], its_setting: str) -> bool:
     """Whether some cell of this run is in no file of its setting, as it would be trained today."""
-    return not {cell["name"] for cell in compare.grid(compare.parse(argv))} <= present(its_setting)
+    return not {cell["name"] for cell in command_line.grid(command_line.parse(argv))} <= present(
+        its_setting
+    )
 
 
 def present(its_setting: str, but: Path | None = None) -> set[str]:
@@ -139,7 +141,7 @@ def is_present(cell: dict[str, Any], file: dict[str, Any]) -> bool:
     Its code may be older, equal but for rounding: the source names the commit.
     """
     settings = file["sources"][cell["source"]]["settings"]
-    now = compare.constants(settings["recipe"], settings["image_size"])
+    now = command_line.constants(settings["recipe"], settings["image_size"])
     used = [cell["method"], *(["agm"] if cell["hooks"] in report.PARTS else [])]
     return all(settings["constants"][name] == now[name] for name in used)
 

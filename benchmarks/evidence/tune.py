@@ -26,7 +26,7 @@ from tqdm import trange
 from agm import AGM, AgmError, Hook
 from baselines import METHODS
 from baselines.training.trainer import Trainer
-from benchmarks import compare
+from benchmarks import command_line
 from benchmarks.errors import UsageError
 from benchmarks.provenance import provenance
 from benchmarks.task.real_images import RealImages
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     )
     own, rest = parser.parse_known_args(argv)
     try:
-        args = compare.parse(rest)
+        args = command_line.parse(rest)
         task, changes = load_task(args), settings(own.pairs)
         if task.images is None:
             raise UsageError("--data is missing, the images to judge on")

@@ -30,7 +30,7 @@ from baselines.quantization import checkpoint as checkpoints
 from baselines.quantization import export
 from baselines.quantization.checkpoint import fingerprint
 from baselines.training.trainer import resolve_precision
-from benchmarks import compare, progress
+from benchmarks import command_line, compare, progress
 from benchmarks.process import locked
 from benchmarks.task import datasets, teachers
 from benchmarks.task import task as tasks
@@ -508,7 +508,7 @@ def test_the_halves_of_each_class(folder):
 def test_a_librarys_inputs_and_flags_before_them(argv, inputs, monkeypatch):
     state = torchvision.models.resnet18().state_dict()
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: state)
-    args = compare.parse(["--model", "torchvision:resnet18", "--pretrained", *map(str, argv)])
+    args = command_line.parse(["--model", "torchvision:resnet18", "--pretrained", *map(str, argv)])
     task = tasks.load_task(args)
     assert inputs in str(task.inputs)
 
@@ -653,8 +653,8 @@ def test_help_is_a_screen_with_the_three_commands_first(monkeypatch):
     assert max(map(len, lines)) <= 100
     commands = [line.split()[1:] for line in lines[:8] if line.startswith("  compare.py ")]
     assert len(commands) == 3
-    compare.parse(commands[0][:3])
-    compare.parse(commands[1][:7])
+    command_line.parse(commands[0][:3])
+    command_line.parse(commands[1][:7])
 
 
 def complaint(*argv: object) -> str:

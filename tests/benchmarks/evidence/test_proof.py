@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from agm import AGM
 from baselines.methods import adadfq, gdfq
-from benchmarks import compare
+from benchmarks import command_line, compare
 from benchmarks.evidence import proof
 from benchmarks.process import locked
 from benchmarks.task.task import halves
@@ -109,7 +109,7 @@ def test_a_longer_run_is_another_run(queue, tmp_path, monkeypatch):
     [
         (gdfq, "quick", {"none", "both"}),
         (adadfq, "quick", set()),
-        (compare, "AGM", {"both"}),
+        (command_line, "AGM", {"both"}),
     ],
     ids=["its recipe", "another's", "the add-on"],
 )
@@ -121,7 +121,7 @@ def test_cells_of_another_recipe_are_trained_again(
     file = json.loads((tmp_path / "results" / "a.json").read_text())
     assert all(proof.is_present(cell, file) for cell in file["cells"])
 
-    if owner is compare:
+    if owner is command_line:
         changed = lambda *, ratio=0.2: AGM(ratio=ratio)  # noqa: E731
     else:
         method, recipe = owner.quick(8)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks import compare
+from benchmarks import command_line
 from benchmarks.evidence import tables
 
 
@@ -111,7 +111,7 @@ def test_only_what_is_between_the_markers_changes():
 def test_runs_of_an_earlier_recipe_are_counted_beside_the_table(tmp_path):
     path = next(tables.EARLIER.glob("resnet20-w3a3-gdfq.json"))
     file = json.loads(path.read_text())
-    now = compare.constants("quick", 32)
+    now = command_line.constants("quick", 32)
     for source in file["sources"]:
         source["settings"]["constants"] = dict(now)
     (tmp_path / "a.json").write_text(json.dumps(file))
