@@ -42,7 +42,7 @@ CIFAR100, CIFAR10, IMAGENET = NETWORKS.values()
 GRIDS = {"digits-w2a2": (f"--bits 2 --baseline all {ROOM}", 10)} | {
     f"{name}-{method}": (f"{network} --bits {bits} --steps 1200 --baseline {method} {ROOM}", 5)
     for method in ("gdfq", "adadfq", "qimera")
-    for name, network, bits in (("resnet20-w2a2", CIFAR10, 2), ("cifar100-w3a3", CIFAR100, 3))
+    for name, network, bits in (("resnet20-w2a2-1200", CIFAR10, 2), ("cifar100-w3a3", CIFAR100, 3))
 } | {
     f"efficientnet-w{bits}a{bits}-gdfq": (
         f"{IMAGENET} --bits {bits} --steps {steps} --baseline gdfq --with-agm", 3,
@@ -57,9 +57,9 @@ GRIDS = {"digits-w2a2": (f"--bits 2 --baseline all {ROOM}", 10)} | {
 } | {
     "digits-w2a2-parts": (f"--bits 2 --baseline all {PARTS}", 10),
     "digits-w3a3": (f"--bits 3 --baseline all {ROOM}", 10),
-    "resnet20-w2a2-gdfq-parts": (f"{CIFAR10} --bits 2 --steps 1200 --baseline gdfq {PARTS}", 5),
+    "resnet20-w2a2-1200-gdfq-parts": (f"{CIFAR10} --bits 2 --steps 1200 --baseline gdfq {PARTS}", 5),
     # The add-on makes a step a fifth dearer at most; as much time buys the baseline more steps.
-    "resnet20-w2a2-gdfq-equal-time": (f"{CIFAR10} --bits 2 --baseline gdfq --steps 1440", 5),
+    "resnet20-w2a2-1200-gdfq-equal-time": (f"{CIFAR10} --bits 2 --baseline gdfq --steps 1440", 5),
 } | {
     # The published recipes, their schedule drawn together to a twentieth, all with AdaDFQ's batch.
     f"resnet20-w3a3-{method}-paper": (
