@@ -57,7 +57,9 @@ GRIDS = {"digits-w2a2": (f"--bits 2 --baseline all {ROOM}", 10)} | {
 } | {
     "digits-w2a2-parts": (f"--bits 2 --baseline all {PARTS}", 10),
     "digits-w3a3": (f"--bits 3 --baseline all {ROOM}", 10),
-    "resnet20-w2a2-1200-gdfq-parts": (f"{CIFAR10} --bits 2 --steps 1200 --baseline gdfq {PARTS}", 5),
+    "resnet20-w2a2-1200-gdfq-parts": (
+        f"{CIFAR10} --bits 2 --steps 1200 --baseline gdfq {PARTS}", 5,
+    ),
     # The add-on makes a step a fifth dearer at most; as much time buys the baseline more steps.
     "resnet20-w2a2-1200-gdfq-equal-time": (f"{CIFAR10} --bits 2 --baseline gdfq --steps 1440", 5),
 } | {
