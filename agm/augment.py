@@ -73,7 +73,9 @@ class LinearInterpolation:
             raise AgmValueError(f"need a batch (N, ...) with N >= 1, got {tuple(images.shape)}")
         n = images.shape[0]
         targets = None if labels is None else _soft_labels(labels, images, num_classes)
-        permutation = self._sent(torch.randperm(n, generator=self._rng, device="cpu"), images)
+        # Our own draws, which nothing else writes to, need not wait for the device.
+        permutation = torch.randperm(n, generator=self._rng, device="cpu")
+        permutation = permutation.to(images.device, non_blocking=True)
         if weight is None:
             weight = self._drawn(images)
         elif not isinstance(weight, Tensor) or not weight.ndim:
@@ -87,18 +89,13 @@ class LinearInterpolation:
         return mixed, interpolate(targets, permutation, weight)
 
     def _drawn(self, images: Tensor) -> Tensor:
-        """lambda, on the images' device."""
+        """lambda, (N,) or one a pixel, on the images' device."""
         n, size = images.shape[0], images.shape[2:]
         draws: dict[str, Any] = {"generator": self._rng, "dtype": torch.float64, "device": "cpu"}
-        share = torch.rand(n, **draws)
-        if not self.regions or not size:
-            return self._sent(share, images)
-        centre = torch.rand(n, len(size), **draws)
-        return regions(self._sent(share, images), self._sent(centre, images), size)
-
-    def _sent(self, own: Tensor, images: Tensor) -> Tensor:
-        """To the images' device, which need not be waited for: nothing else writes to ``own``."""
-        return own.to(images.device, non_blocking=True)
+        weight = torch.rand(n, **draws)
+        if self.regions and size:
+            weight = regions(weight, torch.rand(n, len(size), **draws), size)
+        return weight.to(images, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the random generator."""

@@ -40,10 +40,13 @@ def test_the_loss_and_its_gradient_are_those_of_the_cpu(dtype):
         torch.testing.assert_close(on_gpu, on_cpu, rtol=tolerance, atol=tolerance)
 
 
-def test_interpolation_mixes_as_on_the_cpu():
+@pytest.mark.parametrize("regions", [False, True])
+def test_interpolation_mixes_as_on_the_cpu(regions):
     x, labels = images(6, channels=3, size=8), torch.arange(6)
-    on_cpu = LinearInterpolation(seed=3)(x, labels, num_classes=7)
-    on_gpu = LinearInterpolation(seed=3)(x.to(DEVICE), labels.to(DEVICE), num_classes=7)
+    on_cpu, on_gpu = (
+        LinearInterpolation(seed=3, regions=regions)(x.to(d), labels.to(d), num_classes=7)
+        for d in ("cpu", DEVICE)
+    )
     for a, b in zip(on_cpu, on_gpu, strict=True):
         torch.testing.assert_close(b.cpu(), a)
 
