@@ -22,7 +22,8 @@ Where to add what:
 
 from baselines.errors import BaselineError
 from baselines.quantization.checkpoint import load_quantized, save_quantized
-from baselines.quantization.export import deployed, export_onnx
+from baselines.quantization.export import export_onnx
+from baselines.quantization.integers import deployed
 from baselines.run import METHODS, RECIPES, Interrupted, Result, quantize
 
 __all__ = [

@@ -12,11 +12,8 @@ from torch import nn
 from agm import AgmError
 from baselines.errors import CheckpointError, ExportError
 from baselines.quantization import export
-from baselines.quantization.export import (
-    bit_planes,
-    deployed,
-    export_onnx,
-)
+from baselines.quantization.export import bit_planes, export_onnx
+from baselines.quantization.integers import deployed
 from baselines.quantization.placement import weighted_layer, weighted_nodes
 from baselines.quantization.policy import QuantizationConfig
 from baselines.quantization.quantizers import WeightQuantizer, integer_range, observing
