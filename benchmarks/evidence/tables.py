@@ -73,7 +73,8 @@ def _order(item: tuple[tuple[str, int, int], Any]) -> tuple[int, int, int]:
 def room_table(rows: list[Row]) -> str:
     """What the add-on brings, and beside it what real images would, as Markdown.
 
-    All on the proof half; ``share`` is the add-on's part of the room.
+    All on the proof half; ``share`` is the add-on's part of the room. Without real images, as where
+    there is one of each class, both stay open.
     """
     lines = [
         "| | baseline % | + AGM | real images, the room | share | n |",
@@ -89,12 +90,16 @@ def _room_line(title: str, methods: list[dict[str, list[Cell]]]) -> str:
         report.paired_difference(base, _runs(methods, arm, "accuracy_proof"))
         for arm in ("both", "real")
     )
-    if not both["n"] or not real["n"]:
+    if not both["n"]:
         return ""
-    texts = [report.difference_text(d).rpartition(", n=")[0] for d in (both, real)]
-    counts = dict.fromkeys([len(base), both["n"], real["n"]])
+    found = [d for d in (both, real) if d["n"]]
+    texts = [report.difference_text(d).rpartition(", n=")[0] for d in found]
+    counts = dict.fromkeys([len(base), *(d["n"] for d in found)])
     mean = report.mean_std(list(base.values())) if len(methods) == 1 else ""
-    share = f"{100 * both['mean'] / real['mean']:.0f} %"
+    if real["n"]:
+        share = f"{100 * both['mean'] / real['mean']:.0f} %"
+    else:
+        texts, share = [*texts, "not measured"], ""
     return "| " + " | ".join([title, mean, *texts, share, ", ".join(map(str, counts))]) + " |"
 
 

@@ -69,6 +69,9 @@ def test_the_share_of_the_room(folder):
     assert row.startswith("| ResNet-20 W3A3 GDFQ | 81.00 ± 1.00 | +1.17 [")
     assert "| +3.00 [" in row
     assert row.endswith(f"| {100 * 3.5 / 3 / 3:.0f} % | 3, 2 |")
+    (folder / "c.json").unlink()
+    _, _, row = tables.room_table(tables.proof_rows(folder)).splitlines()
+    assert row.endswith("] | not measured |  | 3 |")
 
 
 def test_equal_time_is_a_longer_baseline_against_the_same_arm(folder):
