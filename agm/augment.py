@@ -14,11 +14,11 @@ class LinearInterpolation:
     """Mix each image with another one of its batch: x' = lerp(x, x[pi], lambda).
 
     pi is a random permutation and lambda ~ U(0, 1), one per sample, the weight of x[pi]. With
-    ``regions`` lambda is one per pixel, 1 inside a box at a random place and 0 outside, and the
-    share of the image that the box covers where it is not cut off is what is ~ U(0, 1): see
-    :func:`agm.functional.regions`; samples without pixels, (N, ...) of fewer than three dimensions,
-    are mixed whole. All comes from a generator that this object owns (on the CPU, so that every
-    device mixes alike); the global RNG is never touched.
+    ``regions`` lambda is one per pixel: 1 in a box at a random place, 0 elsewhere, the box's share
+    of the image, before it is cut off at the border, being ~ U(0, 1) (see
+    :func:`agm.functional.regions`); samples without pixels, (N, ...) of fewer than three
+    dimensions, are mixed whole. All comes from a generator that this object owns (on the CPU, so
+    that every device mixes alike); the global RNG is never touched.
 
     Args:
         seed: of that generator (default 0).

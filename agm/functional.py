@@ -242,7 +242,7 @@ def sampled_margin(
 
 
 def regions(share: Tensor, centre: Tensor, size: Sequence[int]) -> Tensor:
-    """One box an image, 1 inside and 0 outside: interpolation weights that take turns over it.
+    """Interpolation weights that replace a region of each image: 1 inside a box, 0 outside.
 
     In each of the D dimensions the box has the side share^(1/D) of the image's and is cut off at
     its border; a pixel is inside if its middle is.
@@ -253,10 +253,10 @@ def regions(share: Tensor, centre: Tensor, size: Sequence[int]) -> Tensor:
         size: (D,), of an image in pixels.
 
     Returns:
-        (N, 1, *size), in the dtype of ``share``, to be :func:`interpolate`'s ``weight``.
+        (N, 1, *size), in the dtype of ``share``; for D >= 1 :func:`interpolate`'s ``weight``.
 
     Raises:
-        AgmValueError: a centre of another shape than (N, D).
+        AgmValueError: share or centre of another shape.
 
     Source: Yun et al., "CutMix", ICCV 2019.
     """
@@ -265,11 +265,11 @@ def regions(share: Tensor, centre: Tensor, size: Sequence[int]) -> Tensor:
             f"share must be (N,) and centre (N, {len(size)}) for images of {tuple(size)} pixels, "
             f"got {tuple(share.shape)} and {tuple(centre.shape)}"
         )
-    half = share ** (1 / max(1, len(size))) / 2
+    half = at_least_float32(share) ** (1 / max(1, len(size))) / 2
     inside = torch.ones(len(share), 1, *size, dtype=torch.bool, device=share.device)
     for i, pixels in enumerate(size):
-        middles = (torch.arange(pixels, dtype=share.dtype, device=share.device) + 0.5) / pixels
-        along = (middles - centre[:, i, None]).abs() < half[:, None]
+        middles = (torch.arange(pixels, dtype=half.dtype, device=share.device) + 0.5) / pixels
+        along = (middles - centre[:, i, None].to(half)).abs() < half[:, None]
         inside = inside & along.view(-1, 1, *(pixels if i == j else 1 for j in range(len(size))))
     return inside.to(share.dtype)
 
@@ -283,7 +283,7 @@ def interpolate(images: Tensor, permutation: Tensor, weight: Tensor) -> Tensor:
         images: x, (N, ...), any floating dtype; also soft labels (N, C).
         permutation: (N,) integers.
         weight: (N,), the share of x[permutation], in [0, 1] for the convex hull; or one a pixel,
-            (N, 1, ...) for images (N, channels, ...).
+            (N, 1, ...) for images (N, channels, ...). It is rounded to x's dtype.
 
     Returns:
         A new tensor of x's shape, dtype and memory format. Weights 0 and 1 give back x and

@@ -120,7 +120,7 @@ class AGM:
       generator's other terms. It is measured every ``interval`` evaluations (two extra backward
       passes to the images) and averaged; without ``other_terms`` it stays 1.
 
-    The student's batch is interpolated (:class:`agm.LinearInterpolation`), by default in one box
+    The student's batch is interpolated (:class:`agm.LinearInterpolation`), by default in one region
     of each image; the trainer then asks the teacher about the new images.
 
     The two take turns, the loss first, also where one of them is switched off: the loss needs the
@@ -140,7 +140,7 @@ class AGM:
         interval: evaluations of the term, one a micro-batch, from one measurement of the weight to
             the next, >= 1 (default 10).
         alternate: take turns (default); False for both in every call.
-        regions: interpolate a box of each image (default); False for all of it.
+        regions: interpolate one region of each image (default); False for all of it.
         seed: of the interpolation's own random generator (default 0).
 
     Raises:
@@ -221,7 +221,9 @@ class AGM:
 
         Raises:
             AgmValueError: logits of different or wrong shapes; in the loss's turn images, logits
-                or other terms whose graph does not lead to ``images``. No state has changed.
+                or other terms whose graph does not lead to ``images``, or where no gradient can be
+                taken there, and a student whose activations ``backward`` would compute again
+                unfrozen. No state has changed.
         """
         learning = torch.is_grad_enabled()
         turn = self.turn + int(self.student_asked or not self.turn)

@@ -1,4 +1,4 @@
-"""The images behind README's tables, of CIFAR-10 or CIFAR-100, as a folder for --data.
+"""The images behind the record's tables, of CIFAR-10 or CIFAR-100, as a folder for --data.
 
     python benchmarks/cifar.py cifar10 --out cifar10/dev
     python benchmarks/cifar.py cifar100 --out cifar100/dev

@@ -37,6 +37,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line, with every default that needs no model filled in."""
     parser = Parser(
         usage="python benchmarks/compare.py [options]", description=_COMMANDS, add_help=False,
+        allow_abbrev=False,
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=34),
     )  # fmt: skip
     # fmt: off
@@ -62,7 +63,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--baseline", nargs="+", default=["gdfq"], choices=[*METHODS, "all"], metavar="METHOD",
         help=f"{', '.join(METHODS)} or all (gdfq)")
     add("--with-agm", nargs="*", choices=report.PARTS, metavar="PART",
-        help="compare with the add-on: loss, interpolation, both, or several")
+        help="compare with the add-on (both): loss, interpolation, both, or several")
     add("--with-real", action="store_true",
         help="and with real images, half of --data's: the room there is")
     add("--bits", type=int, nargs="+", metavar="N",
@@ -73,7 +74,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--first-seed", type=int, default=0, metavar="N", help="(0)")
     add("--recipe", choices=RECIPES, default="quick",
         help="ours, or as the methods' papers say (quick)")
-    add("--steps", type=int, metavar="N", help="in place of the recipe's")
+    add("--steps", type=int, metavar="N", help="(the recipe's; digits 600)")
     add("--batch-size", type=int, metavar="N", help="in place of the recipe's")
     add("--activations", choices=PLACEMENTS,
         help="which are quantized: inputs (of quick) or relu (of paper)")
@@ -142,7 +143,7 @@ def grid(args: argparse.Namespace) -> list[Cell]:
 
 
 def training(args: argparse.Namespace) -> dict[str, Any]:
-    """What of the options :func:`baselines.quantize` takes by the same name."""
+    """The options that :func:`baselines.quantize` takes by the same name."""
     names = (
         "in_channels", "recipe", "steps", "batch_size", "activations", "device", "precision",
     )  # fmt: skip

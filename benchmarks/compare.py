@@ -4,8 +4,8 @@
 
 Without --model it runs on scikit-learn's handwritten digits and needs nothing but the install.
 
---pretrained loads a library's own weights, which torchvision and timm download; without a network
-pass a downloaded file by --weights (torchvision's keep their file name). Resize, crop,
+--pretrained loads a library's own weights, which torchvision and timm download; offline, pass a
+downloaded file by --weights (torchvision's keep their file name). Resize, crop,
 interpolation, mean, deviation and classes are then those that the library evaluates them with,
 timm's at the size of training; --image-size, --resize, --mean and --std override them. The weights
 of README's ResNet-20 are akamaster's (github.com/akamaster/pytorch_resnet_cifar10,

@@ -83,7 +83,8 @@ def export_onnx(
     and DequantizeLinear, which ONNX Runtime and OpenVINO turn into integer kernels; ``"float"`` of
     the same integers with Cast and Mul, which no runtime rewrites.
 
-    Weights of b < 8 bits take b bits on disk, and int8 in memory.
+    Weights of b < 8 bits take b bits on disk (in layers of more than 2^21, which would take seconds
+    to unpack, 8), and int8 in memory.
 
     Raises:
         ExportError: see :func:`deployed`; or onnx and onnxscript are not installed.

@@ -42,7 +42,9 @@ _JOINING_METHODS = ("add", "sub", "mul", "div")
 
 
 class Grid(nn.Module):
-    """x -> scale * (clamp(round(x / scale) + zero_point, lower, upper) - zero_point), q in uint8.
+    """x -> scale * (q - zero_point), q in uint8.
+
+    q = clamp(round(x / scale) + zero_point, lower, upper).
 
     Args:
         scale, zero_point: numbers, scale > 0.
@@ -80,13 +82,16 @@ class Grid(nn.Module):
 
 
 class IntegerWeight(nn.Module):
-    """Parametrization of a layer whose weight is int8: -> step * integers.
+    """Parametrization of a layer whose weight is int8, or folded int16 if need be.
 
-    The integers are ``factor * (levels - zero_points)``, the levels being the student's, from 0 on.
+    It gives step * integers. The integers are ``factor * (levels - zero_points)``, the levels being the student's, from 0 on.
+
+    Args:
+        step: of each output channel, > 0, in a shape that broadcasts against the weight.
+        folded: written with Cast and Mul in place of DequantizeLinear.
 
     Attributes:
-        step: of each channel, > 0, in a shape that broadcasts against the weight.
-        levels, zero_points, bit_width: None where the integers are stored as they are.
+        levels, zero_points, factor, bit_width: None where the integers are stored as they are.
     """
 
     def __init__(self, step: Tensor, folded: bool) -> None:
@@ -116,13 +121,16 @@ def _symbolic(
 def deployed(
     model: fx.GraphModule, images: Tensor | None = None, *, arithmetic: str = "integer"
 ) -> fx.GraphModule:
-    """What the file of :func:`export_onnx` computes, in torch: float32 on the CPU, in eval mode.
+    """What an exported file computes, in torch: float32 on the CPU, in eval mode.
+
+    The file is that of :func:`baselines.quantization.export.export_onnx`.
 
     Args:
         model: a student; untouched.
         images: (N, C, s, s), normalised as the teacher's. With them, what layers, sums and averages
             give gets a grid of 8 bits over the range that is seen there, where the student has
-            none. Without them no grid is added and the logits are the student's.
+            none. Without them no grid is added and the logits are the student's, but for rounding:
+            asymmetric weights of 8 bits once more where q - zero_point exceeds 127.
         arithmetic: ``"integer"``; or ``"float"``, which adds no grids either.
 
     Raises:
@@ -184,7 +192,7 @@ def is_grid(network: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _before_grid(network: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """The node itself, or the ReLU that alone reads it, which a grid does too."""
+    """The node, or the ReLU that is its only reader: a grid behind that does the ReLU too."""
     users = list(node.users)
     return users[0] if len(users) == 1 and is_relu(network, users[0]) else node
 

@@ -1,4 +1,4 @@
-"""The proof's queue: every grid behind README's table and the record's, most important first.
+"""The proof's queue: every grid for README's table and the record's, most important first.
 
     python benchmarks/evidence/proof.py --cifar10 cifar10_resnet20.th cifar10/dev \\
         --cifar100 cifar100_resnet20.th cifar100/dev --imagenet imagenet/val
@@ -10,6 +10,8 @@ nobody else works on.
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import shlex
 import sys
@@ -118,6 +120,13 @@ def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
         report.write_json(path, known)
 
 
+def folder(arguments: str, seed: int) -> str:
+    """Of a seed's runs: grids share a baseline's, other constants have other folders."""
+    recipe = command_line.parse(shlex.split(arguments)).recipe
+    made = str([command_line.constants(recipe, size) for size in (8, 32, 224)])
+    return f"{setting(arguments)}-{hashlib.sha256(made.encode()).hexdigest()[:8]}-seed{seed}"
+
+
 def missing(argv: list[str], its_setting: str) -> bool:
     """Whether some cell of this run is in no file of its setting, as it would be trained today."""
     return not {cell["name"] for cell in command_line.grid(command_line.parse(argv))} <= present(
@@ -174,21 +183,22 @@ def main(argv: list[str]) -> int:
     ]
     for grid, seed in runs:
         arguments = GRIDS[grid][0]
-        out = args.out / f"{setting(arguments)}-seed{seed}"  # grids share a baseline's runs
+        out = args.out / folder(arguments, seed)
         run = [*shlex.split(arguments), "--seeds", "1"]
         run += ["--first-seed", str(seed), "--out", str(out)]
         run += judged_on[grid] or []
         if not missing(run, setting(arguments)):
             continue
-        try:
-            with locked(out):
-                resume = ["--resume"] if (out / "settings.json").exists() else []
-        except UsageError:
-            print(f"{out}: another queue works on it", flush=True)
-            continue
-        status = compare.main([*run, *resume])
-        if (out / "report.json").exists():
-            merge(grid, arguments, json.loads((out / "report.json").read_text()))
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(locked(args.out / ".queues" / out.name))
+            except UsageError:
+                print(f"{out}: another queue works on it", flush=True)
+                continue
+            resume = ["--resume"] if (out / "settings.json").exists() else []
+            status = compare.main([*run, *resume])
+            if (out / "report.json").exists():
+                merge(grid, arguments, json.loads((out / "report.json").read_text()))
         if status not in (0, 1):
             return status
         worst = max(worst, status)

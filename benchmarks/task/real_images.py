@@ -1,4 +1,4 @@
-"""Real images in the place of generated ones: what better generators could bring at most."""
+"""Real images in the place of generated ones: a yardstick for better generators."""
 
 from typing import Any
 

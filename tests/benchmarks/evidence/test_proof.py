@@ -73,7 +73,8 @@ def test_a_stopped_queue_goes_on(queue, tmp_path, monkeypatch):
 
 
 def test_what_another_queue_works_on_is_left_to_it(queue, tmp_path, capsys):
-    with locked(tmp_path / "runs" / f"digits-4-seed{proof.FIRST_SEED}"):
+    taken = proof.folder(GRIDS["a"][0], proof.FIRST_SEED)
+    with locked(tmp_path / "runs" / ".queues" / taken):
         assert queue() == 0
     assert "another queue" in capsys.readouterr().out
     assert {c["seed"] for c in cells(tmp_path, "a").values()} == {proof.FIRST_SEED + 1}
@@ -131,6 +132,8 @@ def test_cells_of_another_recipe_are_trained_again(
     seed = str(proof.FIRST_SEED)
     argv = [*GRIDS["a"][0].split(), "--seeds", "1", "--first-seed", seed]
     assert proof.missing(argv, proof.setting(GRIDS["a"][0])) == bool(stale)
+    assert queue("--grids", "a") == 0  # whose runs of before are in no one's way
+    assert not proof.missing(argv, proof.setting(GRIDS["a"][0]))
 
 
 def test_a_mistake_ends_the_queue(queue, monkeypatch):
