@@ -84,7 +84,8 @@ class Grid(nn.Module):
 class IntegerWeight(nn.Module):
     """Parametrization of a layer whose weight is int8, or folded int16 if need be.
 
-    It gives step * integers. The integers are ``factor * (levels - zero_points)``, the levels being the student's, from 0 on.
+    It gives step * integers, which are ``factor * (levels - zero_points)``, the levels being the
+    student's, from 0 on.
 
     Args:
         step: of each output channel, > 0, in a shape that broadcasts against the weight.
