@@ -63,7 +63,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--baseline", nargs="+", default=["gdfq"], choices=[*METHODS, "all"], metavar="METHOD",
         help=f"{', '.join(METHODS)} or all (gdfq)")
     add("--with-agm", nargs="*", choices=report.PARTS, metavar="PART",
-        help="compare with the add-on (both): loss, interpolation, both, or several")
+        help="and with the add-on: loss, interpolation, (both) or several")
     add("--with-real", action="store_true",
         help="and with real images, half of --data's: the room there is")
     add("--bits", type=int, nargs="+", metavar="N",
