@@ -492,4 +492,10 @@ if __name__ == "__main__":
     from benchmarks.compare import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main())
+    status = main()
+    if torch.distributed.is_torchelastic_launched():
+        # gloo's threads may outlive their group, and an interpreter torn down under them aborts.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
