@@ -57,6 +57,7 @@ def whole(home):
     return "whole"
 
 
+@pytest.mark.long  # a minute, for ranks that share cells
 def test_a_rank_that_was_killed_is_made_up_for_by_resume(home, whole):
     child = torchrun(home, 3, *GRID, "killed")
     until(begun(home / "killed", 3), child)
@@ -70,6 +71,7 @@ def test_a_rank_that_was_killed_is_made_up_for_by_resume(home, whole):
     assert same_runs(home, whole, "killed")
 
 
+@pytest.mark.long
 def test_a_rank_that_nobody_misses_is_made_up_for_by_the_others(home, whole):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
