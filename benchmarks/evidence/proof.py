@@ -186,7 +186,7 @@ def main(argv: list[str]) -> int:
         out = args.out / folder(arguments, seed)
         run = [*shlex.split(arguments), "--seeds", "1"]
         run += ["--first-seed", str(seed), "--out", str(out)]
-        run += judged_on[grid] or []
+        run += judged_on[grid]
         if not missing(run, setting(arguments)):
             continue
         with contextlib.ExitStack() as held:
