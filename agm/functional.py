@@ -308,8 +308,8 @@ def interpolate(images: Tensor, permutation: Tensor, weight: Tensor) -> Tensor:
     if weight.shape == (n,):
         weight = weight.view(-1, *(1,) * (images.ndim - 1))
     elif weight.shape != a_pixel:
+        pixels = f" or, one a pixel, {a_pixel}" if images.ndim > 2 else ""
         raise AgmValueError(
-            f"weight must be ({n},) or, one a pixel, {a_pixel} for this batch, "
-            f"got {tuple(weight.shape)}"
+            f"weight must be ({n},){pixels} for this batch, got {tuple(weight.shape)}"
         )
     return torch.lerp(images, images[permutation.long()], weight.to(images))

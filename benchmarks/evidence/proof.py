@@ -24,7 +24,6 @@ import benchmarks  # noqa: F401 - first, since it says what is missing
 
 # isort: split
 from agm import AgmError
-from baselines import METHODS
 from benchmarks import command_line, compare, report
 from benchmarks.errors import UsageError
 from benchmarks.process import locked
@@ -40,37 +39,34 @@ NETWORKS = {
     "imagenet": "--model efficientnet_lite0 --pretrained",
 }
 CIFAR100, CIFAR10, IMAGENET = NETWORKS.values()
-# Grid: the arguments of compare.py, and how many seeds; first where there is room.
-GRIDS = {"digits-w2a2": (f"--bits 2 --baseline all {ROOM}", 10)} | {
-    f"{name}-{method}": (f"{network} --bits {bits} --steps 1200 --baseline {method} {ROOM}", 5)
-    for method in ("gdfq", "adadfq", "qimera")
-    for name, network, bits in (("resnet20-w2a2-1200", CIFAR10, 2), ("cifar100-w3a3", CIFAR100, 3))
-} | {
-    f"efficientnet-w{bits}a{bits}-gdfq": (
-        f"{IMAGENET} --bits {bits} --steps {steps} --baseline gdfq --with-agm", 3,
-    )
-    for bits, steps in ((4, 150), (5, 100), (8, 100))
-} | {
-    f"resnet20-w{bits}a{bits}-{method}": (
-        f"{CIFAR10} --bits {bits} --baseline {method} {ROOM}", seeds,
-    )
-    for bits, seeds in ((3, 5), (4, 3), (2, 3))
-    for method in METHODS
-} | {
+# The arguments of compare.py, and how many seeds, most important first: of settings in which each
+# method is judged,
+SETTINGS = {
+    "resnet20-w2a2-1200": (f"{CIFAR10} --bits 2 --steps 1200 {ROOM}", 5),
+    "cifar100-w3a3": (f"{CIFAR100} --bits 3 --steps 1200 {ROOM}", 5),
+    "resnet20-w2a2": (f"{CIFAR10} --bits 2 {ROOM}", 3),
+    "resnet20-w3a3": (f"{CIFAR10} --bits 3 {ROOM}", 5),
+    "resnet20-w4a4": (f"{CIFAR10} --bits 4 {ROOM}", 3),
+    # The published recipes, their schedule drawn together to a twentieth, all with AdaDFQ's batch.
+    "resnet20-w3a3-paper": (
+        f"{CIFAR10} --recipe paper --steps 4000 --batch-size 16 --bits 3 --with-agm", 3,
+    ),
+}  # fmt: skip
+# and of grids of one method, or of all.
+GRIDS = {
+    "digits-w2a2": (f"--bits 2 --baseline all {ROOM}", 10),
+    "efficientnet-w4a4-gdfq": (f"{IMAGENET} --bits 4 --steps 150 --with-agm", 3),
+    "efficientnet-w5a5-gdfq": (f"{IMAGENET} --bits 5 --steps 100 --with-agm", 3),
+    "efficientnet-w8a8-gdfq": (f"{IMAGENET} --bits 8 --steps 100 --with-agm", 3),
+    # The add-on makes a step a fifth dearer at most; as much time buys the baseline more steps.
+    "resnet20-w2a2-1200-gdfq-equal-time": (f"{CIFAR10} --bits 2 --steps 1440", 5),
+    "resnet20-w2a2-1200-gdfq-parts": (f"{CIFAR10} --bits 2 --steps 1200 {PARTS}", 5),
     "digits-w2a2-parts": (f"--bits 2 --baseline all {PARTS}", 10),
     "digits-w3a3": (f"--bits 3 --baseline all {ROOM}", 10),
-    "resnet20-w2a2-1200-gdfq-parts": (
-        f"{CIFAR10} --bits 2 --steps 1200 --baseline gdfq {PARTS}", 5,
-    ),
-    # The add-on makes a step a fifth dearer at most; as much time buys the baseline more steps.
-    "resnet20-w2a2-1200-gdfq-equal-time": (f"{CIFAR10} --bits 2 --baseline gdfq --steps 1440", 5),
 } | {
-    # The published recipes, their schedule drawn together to a twentieth, all with AdaDFQ's batch.
-    f"resnet20-w3a3-{method}-paper": (
-        f"{CIFAR10} --recipe paper --steps 4000 --batch-size 16 --bits 3 --baseline {method} "
-        "--with-agm", 3,
-    )
-    for method in METHODS
+    f"{setting}-{method}": (f"{arguments} --baseline {method}", seeds)
+    for setting, (arguments, seeds) in SETTINGS.items()
+    for method in ("gdfq", "adadfq", "qimera")
 }  # fmt: skip
 
 
