@@ -29,6 +29,7 @@ METHODS = {
     for found in iter_modules(methods.__path__)
 }
 RECIPES = ("quick", "paper")
+RECORDS = 20
 
 
 class Interrupted(Exception):
@@ -98,7 +99,7 @@ def quantize(
     ranks: Ranks = ALONE,
     evaluate: Callable[[nn.Module], float | Mapping[str, float]] | None = None,
     eval_every: int | None = None,
-    records: int = 20,
+    records: int = RECORDS,
     checkpoint_path: str | Path | None = None,
     checkpoint_every: int = 200,
     resume: bool = False,

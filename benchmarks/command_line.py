@@ -79,7 +79,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--activations", choices=PLACEMENTS,
         help="which are quantized: inputs (of quick) or relu (of paper)")
     add("--eval-every", type=int, metavar="STEPS",
-        help="(20 times a run; of many pixels only before and after)")
+        help="(20 times a run, fewer if that takes long)")
     add = parser.add_argument_group("where").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(auto)")

@@ -12,9 +12,10 @@ of README's ResNet-20 are akamaster's (github.com/akamaster/pytorch_resnet_cifar
 resnet20-12fca82f.th, BSD-2), whose images have ImageNet's mean and deviation, the default.
 
 --data is an ImageFolder. Decoded images of up to 512 MiB stay in memory; more are read anew in
-every pass: 50,000 JPEGs of 256 pixels took 0.9 GiB, and 0.4 in a process that decodes. Images of
-more than 2^24 pixels in all, such as 1,000 of 224, judge the network only straight after
-quantization and at the end, or every --eval-every steps. Above 20 classes top-5 is reported too.
+every pass: 50,000 JPEGs of 256 pixels took 0.9 GiB, and 0.4 in a process that decodes. They judge
+the network straight after quantization, at the end, and up to 20 times between, as long as half as
+many images are judged as are trained on; or every --eval-every steps. Above 20 classes top-5 is
+reported too.
 
 Under torchrun, with an --out that all see, the ranks share the runs out among them:
 
@@ -56,6 +57,7 @@ from baselines.quantization.checkpoint import fingerprint
 from baselines.quantization.export import lacking
 from baselines.run import make_trainer
 from baselines.training.parallel import ALONE, Ranks, connected
+from baselines.training.recipe import Recipe
 from benchmarks import progress, report
 from benchmarks.command_line import constants, grid, parse, training
 from benchmarks.errors import UsageError
@@ -94,7 +96,7 @@ class Comparison:
         self.jobs = 1
         if ranks.size == 1:
             self.jobs = number_of_jobs(args.jobs, len(self.cells), args.device)
-        self.steps: dict[str, int] = {}
+        self.recipes: dict[str, Recipe] = {}
         self.precision = self.args.precision
         self.stop: Callable[[], bool] = Stop()
         self.policies = self._check()
@@ -196,7 +198,7 @@ class Comparison:
                     **training(self.args),
                 )
                 policies[weight_bits, act_bits] = str(trainer.policy)
-                self.steps[method] = trainer.recipe.steps
+                self.recipes[method] = trainer.recipe
                 self.precision = trainer.precision
         return policies
 
@@ -275,7 +277,7 @@ class Comparison:
         failures = [AgmError]
         if self.partners.size == 1:  # else the others would wait for this rank: let all end
             failures += [torch.OutOfMemoryError, MemoryError]
-        with progress.of_run(self.steps[cell["method"]], cell["name"]) as bar:
+        with progress.of_run(self.recipes[cell["method"]].steps, cell["name"]) as bar:
             try:
                 result = self._quantize(cell, bar)
             except tuple(failures) as error:
@@ -293,8 +295,9 @@ class Comparison:
         return cell | dict.fromkeys(RESULTS) | known | self.full_precision
 
     def _quantize(self, cell: Cell, bar: tqdm) -> Result:
-        hook = self._hook(cell)
+        recipe, hook = self.recipes[cell["method"]], self._hook(cell)
         judge = hook if isinstance(hook, RealImages) else self.task
+        every = self.args.eval_every or self.task.eval_every(recipe.steps, recipe.batch_size)
 
         def on_step(step: int, _terms: dict[str, Tensor]) -> None:
             if not bar.n:
@@ -312,7 +315,7 @@ class Comparison:
             **training(self.args),
             ranks=self.partners,
             evaluate=judge.figures if self.task.images is not None else None,
-            eval_every=self.args.eval_every or self.task.eval_every(self.steps[cell["method"]]),
+            eval_every=every,
             checkpoint_path=self.out / f"{cell['name']}.run",
             checkpoint_every=self.args.checkpoint_every,
             resume=self.args.resume or self.ranks.size > 1,  # what a dead rank left, too

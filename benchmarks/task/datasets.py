@@ -99,7 +99,6 @@ class Images:
     ) -> None:
         self.source, self.labels, self.inputs, self.white = source, labels, inputs, white
         self.hash = hashlib.sha256(identity).hexdigest()[:16]
-        self.pixels = len(labels) * inputs.image_size**2
         low, high = BATCH_BOUNDS
         self.batch_size = max(low, min(high, BATCH_PIXELS // inputs.image_size**2))
         self._decoded: list[Tensor] | None = None
@@ -114,7 +113,8 @@ class Images:
             yield images.contiguous(memory_format=torch.channels_last), labels
 
     def _decode(self) -> Iterator[Tensor]:
-        keep = self.pixels * len(self.inputs.mean) <= KEPT_BYTES
+        size = len(self.labels) * len(self.inputs.mean) * self.inputs.image_size**2
+        keep = size <= KEPT_BYTES
         loader = DataLoader(
             self.source,
             self.batch_size,

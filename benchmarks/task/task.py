@@ -11,14 +11,16 @@ from tqdm import tqdm
 
 from baselines.errors import ConfigError
 from baselines.quantization.copying import image_channels
+from baselines.run import RECORDS
 from baselines.training.trainer import resolve_device
 from benchmarks import progress
 from benchmarks.errors import UsageError
 from benchmarks.task import datasets, teachers
 from benchmarks.task.datasets import DIGITS_MEAN, DIGITS_STD, Images, Inputs
 
-# Images of more pixels in all (CIFAR's 10,000 have 10 million) are many: see Task.eval_every.
-MANY_PIXELS = 2**24
+# Images judged in a run, at most, for each that it trains on; to judge one takes some 2/5 of a
+# step's time for one.
+JUDGED = 0.5
 # Of more classes the accuracy among the five largest logits is measured as well.
 TOP5_CLASSES = 20
 # An evaluation that takes more seconds shows its progress.
@@ -55,14 +57,14 @@ class Task:
             chosen["accuracy_top5"] = five
         return {k: 100 * v.sum().item() / len(v) for k, v in chosen.items() if len(v)}
 
-    def eval_every(self, steps: int) -> int | None:
-        """As ``baselines.quantize`` takes it for a run of so many steps, chosen by the cost.
+    def eval_every(self, steps: int, batch_size: int) -> int | None:
+        """As ``baselines.quantize`` takes it for a run of such batches, chosen by the cost.
 
-        Few images judge every record (None), many only the network straight after quantization and
-        the last one.
+        At every record (None), or seldomer, down to the network straight after quantization and the
+        last one, so that no more than ``JUDGED`` images are judged for each that is trained on.
         """
-        many = self.images is not None and self.images.pixels > MANY_PIXELS
-        return steps if many else None
+        passes = 0 if self.images is None else JUDGED * steps * batch_size / len(self.images)
+        return None if passes >= RECORDS else steps // max(1, int(passes))
 
     def pixels(self, images: Tensor) -> np.ndarray:
         """Normalised (n, c, h, w) as uint8 (n, h, w, c)."""

@@ -471,16 +471,20 @@ def test_few_classes_are_not(finished):
 
 
 @pytest.mark.parametrize(
-    ("argv", "steps"), [((), [5, 20]), (("--eval-every", 7), [5, 7, 14, 20]), (None, None)]
+    ("argv", "judged", "steps"),
+    [
+        ((), 5, range(5, 21)),  # up to 400 images, 20 times all 20 of the folder, for 80 trained on
+        ((), 1, [5, 10, 15, 20]),
+        ((), 0.1, [5, 20]),
+        (("--eval-every", 7), 0.1, [5, 7, 14, 20]),
+    ],
 )
-def test_how_often_many_images_are_judged(folder, monkeypatch, argv, steps):
-    if argv is not None:
-        monkeypatch.setattr(tasks, "MANY_PIXELS", 20 * 32 * 32 - 1)
-    argv = ("--model", "nets:cnn", "--data", folder, "--out", "run", *(argv or ()))
+def test_how_often_images_are_judged(folder, monkeypatch, argv, judged, steps):
+    monkeypatch.setattr(tasks, "JUDGED", judged)
+    argv = ("--model", "nets:cnn", "--data", folder, "--out", "run", *argv)
     ok(*BRIEF3, *argv, "--steps", 20)
     (cell,) = load("run")["cells"]
-    got = [row["step"] for row in cell["history"] if "accuracy" in row]
-    assert got == (steps or list(range(5, 21)))
+    assert [row["step"] for row in cell["history"] if "accuracy" in row] == list(steps)
     assert len(cell["history"]) >= 20  # of losses and images
 
 
