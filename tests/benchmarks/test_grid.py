@@ -19,7 +19,7 @@ from benchmarks.errors import UsageError
 from benchmarks.grid import claimed, number_of_jobs, shared, side_by_side
 from benchmarks.process import Stop
 from benchmarks.task import teachers
-from tests.benchmarks.test_compare import load, same_networks, untimed
+from tests.benchmarks.compare import load, same_networks, untimed
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "compare.py"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.test_compare import complaint, load
+from tests.benchmarks.compare import complaint, load
 from tests.benchmarks.test_grid import LONG, SCRIPT, STEPS, output, same_runs, start, until
 from tests.benchmarks.test_grid import home as home
 
