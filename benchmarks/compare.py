@@ -458,6 +458,14 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print("compare.py: error: " + " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the interpreter to flush at its end
+        print(
+            "compare.py: stopped, as nobody reads its output any more; go on with --resume and its "
+            "--out",
+            file=sys.stderr,
+        )
+        return 128 + signal.SIGPIPE
     except OSError as error:  # of files that are none of a run's: claims, temporary ones
         if "--debug" in argv:
             raise

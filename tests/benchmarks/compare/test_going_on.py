@@ -280,6 +280,20 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(method, number, unbrok
     campaign.count(counted, resumed_bit_identical=1)
 
 
+def test_nobody_reads_the_output(home):
+    reader, writer = os.pipe()
+    os.close(reader)  # as head does once it has its lines
+    argv = (*BRIEF3, "--out", "run")
+    ended = subprocess.run(
+        [sys.executable, str(SCRIPT), *argv], stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert ended.returncode == 128 + signal.SIGPIPE
+    assert ended.stderr.splitlines()[-1].endswith("go on with --resume and its --out")
+    assert not re.search("Traceback|Exception ignored", ended.stderr)
+    assert "baseline" in ok(*argv, "--resume")
+
+
 # The real command, but for a step that never ends.
 ENDLESS = """
 import os, signal, sys
