@@ -177,7 +177,8 @@ def speed_table(paths: list[Path]) -> str:
 def picture(rows: list[Row], path: Path) -> None:
     """Every paired difference with its interval, and the curves of the first row that has any.
 
-    Rows with fewer than two pairs, which have no interval, are left out of the first panel.
+    Rows of two pairs and fewer are left out of the first panel: an interval of two is some ten
+    times as wide as the others.
     """
     import matplotlib
 
@@ -190,7 +191,7 @@ def picture(rows: list[Row], path: Path) -> None:
         base = report.by_seed(arms["none"], "accuracy_proof")
         both = report.by_seed(arms.get("both", []), "accuracy_proof")
         difference = report.paired_difference(base, both)
-        if difference["n"] < 2:
+        if difference["n"] < 3:
             continue
         place = len(labels)
         axes[0].plot(difference["mean"], place, "o", color="C1")
@@ -209,7 +210,7 @@ def picture(rows: list[Row], path: Path) -> None:
     }
     for axis, (key, label) in zip(axes[1:], panels.items(), strict=True):
         report.plot_curves(axis, {a: arms[a] for a in ("none", "both") if a in arms}, key, label)
-        axis.set_title(f"{title}, mean and range over seeds", fontsize=9)
+        axis.set_title(f"{title},\nmean and range over seeds", fontsize=9)
         axis.set_xlim(left=0)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
