@@ -55,6 +55,7 @@ SETTINGS = {
 # and of grids of one method, or of all.
 GRIDS = {
     "digits-w2a2": (f"--bits 2 --baseline all {ROOM}", 10),
+    "cifar100-w3a3-3600": (f"{CIFAR100} --bits 3 --baseline gdfq --with-real", 3),
     "efficientnet-w4a4-gdfq": (f"{IMAGENET} --bits 4 --steps 150 --with-agm", 3),
     "efficientnet-w5a5-gdfq": (f"{IMAGENET} --bits 5 --steps 100 --with-agm", 3),
     "efficientnet-w8a8-gdfq": (f"{IMAGENET} --bits 8 --steps 100 --with-agm", 3),

@@ -37,6 +37,7 @@ SETTINGS = {
     "resnet20-1200": "ResNet-20, 1,200 steps, {}",
     "resnet20-1440": "ResNet-20, 1,200 steps, equal time, {}",
     "resnet20-100-1200": "ResNet-20, CIFAR-100, 1,200 steps, {}",
+    "resnet20-100": "ResNet-20, CIFAR-100, {}",
     "efficientnet_lite0-150": "EfficientNet-Lite0, 150 steps, {}",
     "efficientnet_lite0-100": "EfficientNet-Lite0, 100 steps, {}",
     "resnet20": "ResNet-20 {}",
