@@ -59,6 +59,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[CAMPAIGN] = Campaign(config.getoption("--campaign"))
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """A campaign's counts are kept in one process."""
+    return 0 if config.getoption("--campaign") else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     full = config.stash[CAMPAIGN].full
     chosen: list[list[pytest.Item]] = [[], []]

@@ -84,7 +84,7 @@ def outcome(tree: Path, module: str) -> str:
         files = [f"tests/{name}" for name in TESTS[module]]
         os._exit(
             pytest.main(
-                ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=brief", *files]
+                ["-n0", "-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=brief", *files]
             )
         )
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
