@@ -5,7 +5,8 @@ Generate Diverse Data From a Temporal Perspective for Data-Free Quantization", I
 doi 10.1109/TCSVT.2024.3399311, whose abstract fixes the idea and not the constants.
 
 Half-precision inputs are computed in float32 and returned in their own dtype. Shapes are checked,
-values never are: a non-finite input gives a non-finite output.
+values never are: a non-finite input gives a non-finite output, but for a margin on an infinite
+discrepancy, which is 0.
 """
 
 import math

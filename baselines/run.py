@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
+from numbers import Integral
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
@@ -114,10 +115,10 @@ def quantize(
     tensor that a Conv or Linear reads is quantized, with 8 bits for the image, averages and the
     last layer's input and ``act_bits`` for the rest; the activations' steps are learned (Esser et
     al., ICLR 2020), every third layer of the student follows the teacher's, images of 32 pixels and
-    more are shifted, and from 50 classes on the label enters the generator's BatchNorms. Rates are
-    in steps of quantization, statistics in units of their layer, and large images start from a
-    small grid, so that it suits other networks than it was tuned on (all chosen in
-    ``benchmarks/evidence/results/ablation.md``).
+    more are shifted, and from 50 classes on the label enters the generator's BatchNorms (but
+    Qimera's). Rates are in steps of quantization, statistics in units of their layer, and large
+    images start from a small grid, so that it suits other networks than it was tuned on (all chosen
+    in ``benchmarks/evidence/results/ablation.md``).
 
     Args:
         teacher: images (N, C, s, s) -> logits, with BatchNorm, Conv, Linear and ReLU; untouched.
@@ -155,10 +156,10 @@ def quantize(
     for name, steps_between in (("checkpoint_every", checkpoint_every), ("eval_every", eval_every)):
         if steps_between is not None and steps_between < 1:
             raise ConfigError(f"{name} must be >= 1, got {steps_between}")
-    if checkpoint_path is not None and not Path(checkpoint_path).parent.is_dir():
-        raise CheckpointError(
-            f"checkpoint_path {str(checkpoint_path)!r} is in no folder; make the folder first"
-        )
+    if checkpoint_path is None and resume:
+        raise ConfigError("resume needs checkpoint_path, the file to go on from")
+    if checkpoint_path is not None:
+        checkpoint.check_place(checkpoint_path)
     trainer = make_trainer(
         teacher,
         method=method,
@@ -243,6 +244,9 @@ def make_trainer(
     """The trainer that :func:`quantize` runs, all arguments checked; see there."""
     check_choice("method", method, METHODS)
     check_choice("recipe", recipe, RECIPES)
+    for name, value in (("image_size", image_size), ("seed", where.get("seed", 0))):
+        if not isinstance(value, Integral) or not 0 <= value < 2**63:
+            raise ConfigError(f"{name} must be a whole number >= 0, got {value!r}")
     losses, base = getattr(METHODS[method], recipe)(image_size)
     changes = {"steps": steps, "batch_size": batch_size, "activations": activations}
     plan = replace(base, **{k: v for k, v in changes.items() if v is not None})
@@ -300,7 +304,13 @@ class _Run:
             if not self.history or self.history[-1]["step"] != step:
                 self.history.append({"step": step})
             figures = self.evaluate(self.trainer.student)
-            self.history[-1] |= figures if isinstance(figures, Mapping) else {"accuracy": figures}
+            named = figures if isinstance(figures, Mapping) else {"accuracy": figures}
+            if named.get("accuracy") is None:
+                raise ConfigError(
+                    "evaluate must return an accuracy, or figures by name, 'accuracy' one of them; "
+                    f"got {figures!r}"
+                )
+            self.history[-1] |= named
             self.trainer.student.eval()
         return terms
 

@@ -195,6 +195,7 @@ class Comparison:
                     weight_bits=weight_bits,
                     act_bits=act_bits,
                     image_size=self.task.inputs.image_size,
+                    ranks=self.partners,
                     **training(self.args),
                 )
                 policies[weight_bits, act_bits] = str(trainer.policy)
@@ -213,6 +214,8 @@ class Comparison:
             raise UsageError(
                 f"{self.out} holds a run; add --resume to go on, or choose another --out"
             )
+        if not known.exists() and "--resume" in self.args.argv:
+            raise UsageError(f"{self.out} holds no run to go on with; leave --resume out")
         now = self._settings()
         before = _read_json(known) if known.exists() else now
         if before != now:
@@ -234,16 +237,20 @@ class Comparison:
 
     def _settings(self) -> dict[str, Any]:
         """What a finished run depends on."""
-        return {
-            "model": self.args.model,
-            "teacher_hash": fingerprint(self.task.teacher),
-            "data_hash": None if self.task.images is None else self.task.images.hash,
-            "image_size": self.task.inputs.image_size,
-            "inputs": str(self.task.inputs),
-            "eval_every": self.args.eval_every,
-            "constants": constants(self.args.recipe, self.task.inputs.image_size),
-            **({"ranks": self.partners.size} if self.args.parallel else {}),
-        } | training(self.args)
+        return (
+            {
+                "model": self.args.model,
+                "teacher_hash": fingerprint(self.task.teacher),
+                "data_hash": None if self.task.images is None else self.task.images.hash,
+                "image_size": self.task.inputs.image_size,
+                "inputs": str(self.task.inputs),
+                "eval_every": self.args.eval_every,
+                "constants": constants(self.args.recipe, self.task.inputs.image_size),
+                **({"ranks": self.partners.size} if self.args.parallel else {}),
+            }
+            | training(self.args)
+            | {"precision": self.precision}
+        )
 
     def _finished(self, cell: Cell) -> Cell | None:
         """The row of a cell that an earlier run completed; None if anything of it is damaged."""
@@ -252,6 +259,8 @@ class Comparison:
             row = json.loads(stem.with_suffix(".json").read_text())
             np.load(stem.with_suffix(".npy"))
             checkpoint.load(stem.with_suffix(".ckpt"))
+            if row["onnx"] and (self.out / row["onnx"]).stat().st_size != row["onnx_bytes"]:
+                return None
         except (OSError, EOFError, ValueError):  # CheckpointError is a ValueError
             return None
         return row

@@ -106,7 +106,7 @@ class Qimera(GDFQ):
             raise UnsupportedLayerError(
                 "Qimera starts its embeddings from the teacher's last layer, which must be a "
                 f"Linear or a 1x1 convolution with {num_classes} outputs, one a class, and has "
-                f"weights {tuple(shape)}; set from_classifier=False without it"
+                f"weights {tuple(shape)}; choose another method"
             )
         return weights[-1].detach().flatten(1).cpu()
 

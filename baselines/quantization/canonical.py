@@ -44,9 +44,6 @@ def _drop_idle(network: fx.GraphModule) -> None:
             bypass(network, node, node.all_input_nodes[0])
 
 
-# torch.fx writes x += y as operator.iadd, which changes x itself.
-
-
 def _write_elsewhere(network: fx.GraphModule) -> None:
     """What changes its input in place gives a new value instead; who read the old one reads it."""
     nodes = list(network.graph.nodes)

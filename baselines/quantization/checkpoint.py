@@ -36,8 +36,17 @@ def save(path: str | Path, state: dict[str, Any], *, keep_previous: bool = False
     write(Path(path), MAGIC, digest, payload, keep_previous=keep_previous)
 
 
+def check_place(path: str | Path) -> None:
+    """Raise :class:`CheckpointError` unless a file of this name can lie there."""
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{str(path)!r} is a folder; give the name of a file in it")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{str(path)!r} is in no folder; make the folder first")
+
+
 def write(path: Path, *parts: bytes | memoryview, keep_previous: bool = False) -> None:
-    """Write a file; a crash at any moment leaves the old one or the new one.
+    """Write a file; a crash at any moment leaves the old one (or its copy) or the new one.
 
     Where the system cannot push files or folders to the disk, a warning says so, and the file is
     written as well as it can be.
@@ -49,6 +58,7 @@ def write(path: Path, *parts: bytes | memoryview, keep_previous: bool = False) -
     Raises:
         CheckpointError: the disk is full or the folder not writable; says where the old file is.
     """
+    check_place(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     outcome = "the file that was there is intact" if path.exists() else "there was none before"
     try:
@@ -138,8 +148,14 @@ def save_quantized(model: fx.GraphModule, path: str | Path) -> None:
     """Write a quantized network: its configuration, its images' shape and its state.
 
     Raises:
-        CheckpointError: the file cannot be written; one that was there is intact.
+        CheckpointError: not a quantized network, or the file cannot be written; one that was there
+            is intact.
     """
+    if not isinstance(model, fx.GraphModule) or "config" not in model.meta:
+        raise CheckpointError(
+            f"expected a quantized network, got {type(model).__name__}; give what quantize() "
+            "returns as .model, or what load_quantized reads"
+        )
     save(
         path,
         {
@@ -160,6 +176,10 @@ def load_quantized(path: str | Path, architecture: nn.Module) -> fx.GraphModule:
     Raises:
         CheckpointError: as :func:`load`, or the file is of another network.
     """
+    if isinstance(path, nn.Module):
+        raise CheckpointError(
+            "give the file first, then the network: load_quantized(path, network)"
+        )
     state = load(path)
     if set(state) != {"config", "image_shape", "model"}:
         raise CheckpointError(f"{path} is not a quantized network; it holds {sorted(state)}")

@@ -20,8 +20,13 @@ def own_copy(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modul
     """``network`` with its hooks, in eval mode, on the CPU; the given one is untouched.
 
     Raises:
-        UnsupportedLayerError: a weight is on the meta device or not initialised.
+        UnsupportedLayerError: not a module, or a weight is on the meta device or not initialised.
     """
+    if not isinstance(network, nn.Module):
+        raise UnsupportedLayerError(
+            f"expected a network, a torch.nn.Module, got {type(network).__name__}; build it and "
+            "load its weights first"
+        )
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if tensor.is_meta or nn.parameter.is_lazy(tensor):
             what = "has no values, it is on the meta device" if tensor.is_meta else "is lazy"

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from baselines.defaults import torch_defaults
 from baselines.errors import ExportError
 from baselines.quantization import checkpoint
 from baselines.quantization.graph import TRANSPOSED, called
@@ -69,6 +70,7 @@ class Exported:
         return "\n".join(lines)
 
 
+@torch_defaults()
 def export_onnx(
     model: fx.GraphModule,
     path: str | Path,
@@ -88,11 +90,10 @@ def export_onnx(
 
     Raises:
         ExportError: see :func:`deployed`; or onnx and onnxscript are not installed.
-        CheckpointError: the file cannot be written; one that was there is intact.
+        CheckpointError: the file cannot be written there; one that was there is intact.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise ExportError(f"{str(path)!r} is in no folder; make the folder first")
+    checkpoint.check_place(path)
     network = deployed(model, images, arithmetic=arithmetic)
     proto = _proto(network)
     _pack(proto, network)
@@ -107,6 +108,7 @@ def export_onnx(
     return Exported(path, len(data), 4 * size, rows)
 
 
+@torch_defaults()
 def float_onnx(network: nn.Module, image_shape: tuple[int, int, int]) -> bytes:
     """A network in full precision as an ONNX file, to compare sizes and times with."""
     network = copy.deepcopy(network).cpu().float().eval()

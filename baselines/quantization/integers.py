@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from baselines.defaults import torch_defaults
 from baselines.errors import ExportError
 from baselines.quantization.batch_norms import NormalisedConv
 from baselines.quantization.graph import TRANSPOSED, bypass, called, cleaned
@@ -119,6 +120,7 @@ def _symbolic(
     return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape)
 
 
+@torch_defaults()
 def deployed(
     model: fx.GraphModule, images: Tensor | None = None, *, arithmetic: str = "integer"
 ) -> fx.GraphModule:
@@ -162,6 +164,8 @@ def _check(model: Any, images: Tensor | None) -> None:
             "returns as .model, or what load_quantized reads"
         )
     shape = model.meta["image_shape"]
+    if images is not None and not isinstance(images, Tensor):
+        raise ExportError(f"expected images as a tensor, got {type(images).__name__}")
     if images is not None and (
         images.ndim != 4 or not len(images) or tuple(images.shape[1:]) != tuple(shape)
     ):

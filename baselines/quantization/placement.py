@@ -60,9 +60,11 @@ def is_quantizer(student: fx.GraphModule, node: fx.Node) -> bool:
 def is_average(student: fx.GraphModule, node: fx.Node) -> bool:
     """A pooled or plain mean, of more than one value each."""
     name = getattr(node.target, "__name__", node.target)
+    if _of_one_value(student, node):
+        return False
     if node.op == "call_module":
         return isinstance(called(student, node), _AVERAGES)
-    return name == "mean" or (name in _AVERAGE_FUNCTIONS and not _of_one_value(node))
+    return name == "mean" or name in _AVERAGE_FUNCTIONS
 
 
 def maker(student: fx.GraphModule, value: fx.Node) -> fx.Node:
@@ -77,6 +79,8 @@ def maker(student: fx.GraphModule, value: fx.Node) -> fx.Node:
 
 def is_transparent(student: fx.GraphModule, node: fx.Node) -> bool:
     """A call that rearranges values, or leaves some out."""
+    if _of_one_value(student, node):
+        return True
     if node.op == "call_module":
         return isinstance(called(student, node), _TRANSPARENT)
     if node.op == "call_method":
@@ -87,11 +91,17 @@ def is_transparent(student: fx.GraphModule, node: fx.Node) -> bool:
         return argument(node, 2, "mode", "constant") != "constant" or not argument(node, 3, "value")
     if node.target is F.interpolate:
         return argument(node, 3, "mode", "nearest").startswith("nearest")
-    return node.target in _TRANSPARENT_FUNCTIONS or _of_one_value(node)
+    return node.target in _TRANSPARENT_FUNCTIONS
 
 
-def _of_one_value(node: fx.Node) -> bool:
-    return node.target is F.avg_pool2d and argument(node, 1, "kernel_size") == 1
+def _of_one_value(student: fx.GraphModule, node: fx.Node) -> bool:
+    """A pooled mean of one value each, which only leaves values out."""
+    if node.target in (F.avg_pool1d, F.avg_pool2d):
+        size = argument(node, 1, "kernel_size")
+    else:
+        module = called(student, node)
+        size = module.kernel_size if isinstance(module, nn.AvgPool1d | nn.AvgPool2d) else None
+    return size in (1, (1,), (1, 1), [1], [1, 1])
 
 
 def makers_before(student: fx.GraphModule, node: fx.Node) -> set[fx.Node]:

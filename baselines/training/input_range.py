@@ -50,7 +50,10 @@ def input_range(
         return _estimated(network)
     found = []
     for name, value in (("input_mean", mean), ("input_std", std)):
-        tensor = torch.as_tensor(value, dtype=torch.float32, device="cpu").flatten()
+        try:
+            tensor = torch.as_tensor(value, dtype=torch.float32, device="cpu").flatten()
+        except (TypeError, ValueError):
+            tensor = torch.full((1,), torch.nan)
         if len(tensor) not in (1, channels) or not tensor.isfinite().all():
             raise ConfigError(
                 f"{name} must be a finite number, or {channels}, one a channel; got {value!r}"

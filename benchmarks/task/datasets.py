@@ -3,13 +3,13 @@
 import hashlib
 import math
 import multiprocessing
-import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from joblib import cpu_count
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -138,7 +138,7 @@ def _workers() -> int:
     """A process for each core but one; none in a child process, whose siblings have the cores."""
     if multiprocessing.parent_process() is not None:
         return 0
-    return min(len(os.sched_getaffinity(0)) - 1, MAX_WORKERS)
+    return min(cpu_count() - 1, MAX_WORKERS)
 
 
 def _own_signals(_: int) -> None:

@@ -40,6 +40,8 @@ def torchvision_network(
             network = models.get_model(name, weights=entry)
     if entry is None:
         return network, Inputs(224, 224)
+    if hasattr(network, "transform_input"):
+        network.transform_input = True  # as torchvision builds it for its own weights
     made = entry.transforms()
     return network, Inputs(
         made.crop_size[0],
@@ -63,7 +65,12 @@ def timm_network(name: str, num_classes: int, *, pretrained: bool) -> tuple[nn.M
         with _loading(f"timm:{name}", "where timm finds them"):
             network = timm.create_model(name, pretrained=True)
     else:
-        network = timm.create_model(name, num_classes=num_classes)
+        try:
+            network = timm.create_model(name, num_classes=num_classes)
+        except Exception as error:  # of an unknown tag, of huggingface_hub, ...
+            raise TeacherError(
+                f"timm cannot build {name!r} ({type(error).__name__}: {error})"
+            ) from error
     config = timm.data.resolve_model_data_config(network)
     _, height, width = config["input_size"]
     if height != width or config["crop_mode"] != "center":

@@ -16,7 +16,7 @@ from baselines.training.trainer import resolve_device
 from benchmarks import progress
 from benchmarks.errors import UsageError
 from benchmarks.task import datasets, teachers
-from benchmarks.task.datasets import DIGITS_MEAN, DIGITS_STD, Images, Inputs
+from benchmarks.task.datasets import DIGITS_INPUTS, DIGITS_MEAN, DIGITS_STD, Images, Inputs
 
 # Images judged in a run, at most, for each that it trains on; to judge one takes some 2/5 of a
 # step's time for one.
@@ -64,7 +64,7 @@ class Task:
         last one, so that no more than ``JUDGED`` images are judged for each that is trained on.
         """
         passes = 0 if self.images is None else JUDGED * steps * batch_size / len(self.images)
-        return None if passes >= RECORDS else steps // max(1, int(passes))
+        return None if passes >= min(RECORDS, steps) else steps // max(1, int(passes))
 
     def pixels(self, images: Tensor) -> np.ndarray:
         """Normalised (n, c, h, w) as uint8 (n, h, w, c)."""
@@ -133,6 +133,11 @@ def load_task(args: argparse.Namespace) -> Task:
         raise UsageError(
             f"the model returns {got} for 2 images, expected (2, {num_classes}); "
             "set --num-classes, or --data with that many class folders"
+        )
+    if args.model == "digits" and args.data is None and inputs != DIGITS_INPUTS:
+        raise UsageError(
+            "the digits are images of 8x8 pixels of their own mean and deviation: leave "
+            "--image-size, --resize, --mean and --std out"
         )
     images = None
     if args.data is not None:

@@ -517,6 +517,9 @@ def test_the_callers_defaults_change_nothing(tmp_path, surroundings, method, rec
         got = run(hooks=[AGM()], **settings, evaluate=evaluate, checkpoint_path=path, resume=True)
         got.save(tmp_path / "w3a3.pt")
         loaded = load_quantized(tmp_path / "w3a3.pt", TEACHER)
+        got.export_onnx(tmp_path / "got.onnx")
+    want.export_onnx(tmp_path / "want.onnx")
+    assert (tmp_path / "got.onnx").read_bytes() == (tmp_path / "want.onnx").read_bytes()
     assert {*asked} == {now} != {usual}  # the user's own function has the user's surroundings
     assert same_result(got, want)
     assert state_of(loaded) == state_of(want.model)
@@ -601,6 +604,13 @@ EIGHT_PIXELS = nn.Sequential(
         ({"batch_size": 0}, "batch_size.*got 0"),
         ({"image_size": 10}, "image_size.*got 10"),
         ({"image_size": 4, "batch_size": 1}, "one image of 4 pixels.*batch_size to 2"),
+        ({"image_size": (8, 8)}, r"image_size.*got \(8, 8\)"),
+        ({"seed": None}, "seed.*got None"),
+        ({"seed": 2**65}, "seed.*whole number"),
+        ({"input_mean": "imagenet", "input_std": 1.0}, "input_mean.*got 'imagenet'"),
+        ({"resume": True}, "resume needs checkpoint_path"),
+        ({"evaluate": lambda _: None}, "evaluate must return an accuracy.*got None"),
+        ({"evaluate": lambda _: {"top5": 1.0}}, "evaluate must return.*'accuracy' one of them"),
         ({"in_channels": 0}, "in_channels.*got 0"),
         ({"in_channels": 1.5}, "in_channels.*got 1.5"),
         ({"hooks": AGM()}, r"hooks must be a list, got AGM; write hooks=\[...\]"),
@@ -620,7 +630,35 @@ def test_bad_settings(settings, received):
         run(**settings, on_step=lambda step, _: steps.append(step))
     assert isinstance(caught.value, ValueError)
     assert isinstance(caught.value, AgmError)
-    assert steps == []
+    assert steps == [] or "evaluate" in settings
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_folder_in_the_place_of_a_file_is_left_alone(tmp_path, keep):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    result = run()
+    for write in (
+        lambda: run(checkpoint_path=folder, checkpoint_every=1),
+        lambda: result.save(folder),
+        lambda: result.export_onnx(folder),
+        lambda: checkpoint.save(folder, {}, keep_previous=keep),
+    ):
+        with pytest.raises(CheckpointError, match="is a folder; give the name of a file in it"):
+            write()
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "mine.txt"]
+
+
+def test_arguments_in_another_order(tmp_path):
+    result = run()
+    result.save(tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"load_quantized\(path, network\)"):
+        load_quantized(TEACHER, tmp_path / "a.pt")
+    for other in (result, TEACHER):
+        with pytest.raises(CheckpointError, match=f"quantized network, got {type(other).__name__}"):
+            save_quantized(other, tmp_path / "b.pt")
+    assert not (tmp_path / "b.pt").exists()
 
 
 def test_bad_teachers():
@@ -631,6 +669,9 @@ def test_bad_teachers():
         (foreign + nn.Sequential(nn.Flatten(), nn.Linear(72, 4)), "GroupNorm"),
     ):
         with pytest.raises(UnsupportedLayerError, match=word):
+            run(teacher)
+    for teacher in (TEACHER.state_dict(), Tiny):
+        with pytest.raises(UnsupportedLayerError, match=r"expected a network.*got (Ordered|type)"):
             run(teacher)
     with pytest.raises(UnsupportedLayerError, match=r"one logit.*two outputs"):
         run(Tiny(classes=1))

@@ -230,6 +230,7 @@ def test_bad_input(tmp_path, monkeypatch):
         (lambda: export_onnx(student, tmp_path / "no" / "a.onnx"), "folder"),
         (lambda: export_onnx(student, path, images(size=12)), "(8, 3, 12, 12)"),
         (lambda: export_onnx(student, path, images() / 0), "finite"),
+        (lambda: export_onnx(student, path, images().numpy()), "got ndarray"),
         (lambda: export_onnx(student, path, arithmetic="int"), "'int'"),
         (lambda: export_onnx(build_student(traced(Tiny(), (3, 8, 8)), QuantizationConfig()), path),
          "never observed"),

@@ -177,6 +177,24 @@ def test_folding_at_eight_bits():
     assert error(folded, net(x)) < 0.05
 
 
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(1, 2), lambda x: F.avg_pool2d(x, 1, 2)])
+def test_a_pool_of_one_value_is_no_average(pool):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.second, self.last = nn.Conv2d(4, 5, 3), nn.Linear(5, 6)
+            self.pool = pool
+
+        def forward(self, x):
+            x = self.pool(F.relu(self.norm(self.first(x))))
+            return self.last(self.second(x).mean((2, 3)))
+
+    student = build_student(traced(Net().eval(), (3, 12, 12)), QuantizationConfig(2, 2))
+    found = [bits for bits, _ in rows(bit_policy(student), "activation").values()]
+    assert found == ["8", "2", "8"]  # the image, what the ReLU gives, the average
+
+
 def test_policy_of_the_published_placement(named):
     name, net = named
     student = build(net, images(2, 32), weight_bits=4, act_bits=5, activations="relu")

@@ -206,6 +206,10 @@ def test_a_patched_forward_that_holds_the_network_itself_is_refused():
         check(net)
 
 
+def test_a_parallel_networks_module_is_traced():
+    check(nn.DataParallel(Tiny()).eval())
+
+
 # Weights that are made by something
 
 

@@ -20,6 +20,8 @@ from agm import AGM
 from baselines import METHODS
 from baselines.errors import CheckpointError, NonFiniteLossError
 from baselines.quantization import checkpoint as checkpoints
+from baselines.training import trainer
+from baselines.training.trainer import resolve_precision
 from benchmarks import compare
 from tests.benchmarks.compare import (
     BRIEF,
@@ -50,10 +52,14 @@ def test_a_finished_run_is_not_overwritten(copied):
     assert files(out) == before
 
 
+# Than this machine's own.
+PRECISION = {"fp32": "bf16", "bf16": "fp32"}[resolve_precision("auto", torch.device("cpu"))]
+
+
 @pytest.mark.parametrize(
     "change",
-    [("--steps", 9), ("--batch-size", 17), ("--precision", "fp32"), ("--image-size", 16)],
-    ids=" ".join(["steps", "batch", "precision", "size"]).split(),
+    [("--steps", 9), ("--batch-size", 17), ("--precision", PRECISION), ("--activations", "relu")],
+    ids=["steps", "batch", "precision", "activations"],
 )
 def test_results_of_other_settings_are_not_mixed(copied, change):
     out, argv = copied
@@ -64,6 +70,11 @@ def test_results_of_other_settings_are_not_mixed(copied, change):
     assert re.search(rf"\b{key} \S+ there, '?{change[1]}'? now", line)
     assert "choose another --out" in line
     assert files(out) == before
+
+
+def test_results_of_another_machines_precision_are_not_mixed(copied, monkeypatch):
+    monkeypatch.setattr(trainer, "resolve_precision", lambda *_: PRECISION)
+    assert f", {PRECISION!r} now" in complaint(*copied[1], "--resume")
 
 
 def test_resuming_a_finished_run_does_nothing(copied, monkeypatch):
@@ -97,14 +108,19 @@ def test_results_of_other_constants_of_a_method_are_not_mixed(copied, monkeypatc
 
 @pytest.mark.parametrize("size", [0, 50])
 @pytest.mark.parametrize(
-    "name", ["settings.json", "gdfq-w3a3-none-seed1.json", "gdfq-w3a3-none-seed1.npy"]
-)
+    "name",
+    [
+        "settings.json", "gdfq-w3a3-none-seed1.json", "gdfq-w3a3-none-seed1.npy",
+        "gdfq-w3a3-none-seed1.onnx",
+    ],
+)  # fmt: skip
 def test_a_damaged_file_of_a_finished_run_is_named_or_made_again(copied, name, size):
     out, argv = copied
     (out / name).write_bytes((out / name).read_bytes()[:size])
     status, text, err = call(*argv, "--resume")
     if status == 0:
         assert load(out)["table"] in text
+        assert (out / name).stat().st_size > size
     else:
         assert status == 2
         assert name in err

@@ -57,6 +57,19 @@ def test_published_files_bring_their_transforms(name, which, tmp_path):
     assert (list(inputs.mean), list(inputs.std)) == (oracle.mean, oracle.std)
 
 
+def test_a_published_file_is_the_pretrained_network(tmp_path, monkeypatch):
+    entry = models.GoogLeNet_Weights.DEFAULT  # whose images it shifts, as it was trained elsewhere
+    state = models.googlenet(init_weights=False).state_dict()
+    monkeypatch.setattr(FETCH, lambda *_, **__: state)
+    file = tmp_path / Path(entry.url).name
+    torch.save(state, file)
+    by_file, _ = build_with_inputs("torchvision:googlenet", num_classes=1000, weights=file)
+    pretrained, _ = build_with_inputs("torchvision:googlenet", num_classes=1000, pretrained=True)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(by_file(x), pretrained(x))
+
+
 def test_other_weights_of_torchvisions_networks_have_no_crop(tmp_path):
     torch.save(models.resnet18(num_classes=7).state_dict(), tmp_path / "mine.pth")
     _, inputs = build_with_inputs(
