@@ -29,6 +29,7 @@ from baselines.quantization.integers import (
     is_grid,
 )
 from baselines.quantization.placement import maker, weighted_layer, weighted_nodes
+from baselines.quantization.policy import aligned
 from baselines.quantization.quantizers import WeightQuantizer
 
 OPSET = 18
@@ -56,12 +57,7 @@ class Exported:
         return sum(row[2] == "integer" for row in self.rows)
 
     def __str__(self) -> str:
-        rows = [("layer", "bits", "runs in", ""), *self.rows]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = [
-            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip()
-            for row in rows
-        ]
+        lines = aligned([("layer", "bits", "runs in", ""), *self.rows])
         lines.append(
             f"{self.path}: {self.bytes} bytes, {self.float_bytes / self.bytes:.2f}x smaller than "
             f"{self.float_bytes} bytes of float32; {self.integer_layers} of {len(self.rows)} "

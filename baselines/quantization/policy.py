@@ -85,14 +85,18 @@ class BitPolicy:
     floating: int = 0
 
     def __str__(self) -> str:
-        rows = [("tensor", "kind", "bits", "how"), *self.rows]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = [
-            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip()
-            for row in rows
-        ]
+        lines = aligned([("tensor", "kind", "bits", "how"), *self.rows])
         left = f"left in floating point: {self.floating} of {self.read} tensors that layers read"
         return "\n".join([*lines, f"{left}; biases and BatchNorms"])
+
+
+def aligned(rows: list[tuple[str, str, str, str]]) -> list[str]:
+    """A table's lines, the last column as it is."""
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return [
+        "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip()
+        for row in rows
+    ]
 
 
 def bit_policy(student: fx.GraphModule) -> BitPolicy:
