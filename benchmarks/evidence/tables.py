@@ -47,7 +47,7 @@ SETTINGS = {
     "digits-660": "digits, equal time, {}",
 }
 # Of them those that README shows.
-SHOWN = ("resnet20-1200", "resnet20-1440", "efficientnet_lite0-150", "digits-600")
+SHOWN = ("resnet20-1200", "resnet20-1440", "digits-600", "digits-660")
 Row = tuple[str, dict[str, list[Cell]]]
 
 
