@@ -214,8 +214,6 @@ class Comparison:
             raise UsageError(
                 f"{self.out} holds a run; add --resume to go on, or choose another --out"
             )
-        if not known.exists() and "--resume" in self.args.argv:
-            raise UsageError(f"{self.out} holds no run to go on with; leave --resume out")
         now = self._settings()
         before = _read_json(known) if known.exists() else now
         if before != now:
@@ -502,6 +500,8 @@ def _compare(args: argparse.Namespace, ranks: Ranks) -> int:
     task = load_task(args)
     name = args.model.replace(":", "-").replace("/", "-")
     out = args.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if "--resume" in args.argv and not out.is_dir():  # a restart of torchrun's may come as early
+        raise UsageError(f"there is no {out} to go on in; leave --resume out")
     comparison = Comparison(args, task, out, ranks=ranks)
     with locked(out) if ranks.rank == 0 else contextlib.nullcontext():
         return comparison.run()

@@ -292,7 +292,7 @@ def test_embeddings_from_a_convolutional_classifier():
     ],
 )
 def test_no_classifier_to_start_from(teacher, shape):
-    received = rf"20 outputs.*weights {re.escape(str(shape))}; set from_classifier=False"
+    received = rf"20 outputs.*weights {re.escape(str(shape))}; choose another method"
     with pytest.raises(UnsupportedLayerError, match=received):
         Qimera(from_classifier=True).make_generator(teacher, 20, (3, 8, 8))
 

@@ -107,7 +107,7 @@ MISTAKES = {
     ),
     "half of the bits": (("--weight-bits", 4), ("--weight-bits", "--act-bits", "together")),
     "bits twice": (("--bits", 3, "--act-bits", 4), ("--bits", "--act-bits", "not both")),
-    "resume a typo": (("--resume", "--out", "rnu"), ("rnu holds no run", "leave --resume out")),
+    "resume a typo": (("--resume", "--out", "rnu"), ("no rnu to go on in", "leave --resume out")),
     "resume what": (("--resume",), ("--resume needs --out",)),
     "no steps": (("--steps", 0), ("steps", "got 0", ">= 1")),
     "no batch": (("--batch-size", 0), ("batch_size", "got 0", ">= 1")),
