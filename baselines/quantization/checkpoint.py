@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from baselines.defaults import torch_defaults
 from baselines.errors import CheckpointError
+from baselines.quantization.graph import check_quantized
 from baselines.quantization.policy import QuantizationConfig
 from baselines.quantization.student import build_student
 from baselines.quantization.tracing import traced
@@ -151,11 +152,7 @@ def save_quantized(model: fx.GraphModule, path: str | Path) -> None:
         CheckpointError: not a quantized network, or the file cannot be written; one that was there
             is intact.
     """
-    if not isinstance(model, fx.GraphModule) or "config" not in model.meta:
-        raise CheckpointError(
-            f"expected a quantized network, got {type(model).__name__}; give what quantize() "
-            "returns as .model, or what load_quantized reads"
-        )
+    check_quantized(model, CheckpointError)
     save(
         path,
         {

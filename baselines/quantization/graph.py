@@ -49,6 +49,15 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
+def check_quantized(model: Any, error: type[Exception]) -> None:
+    """Raise ``error`` unless this is a student."""
+    if not isinstance(model, fx.GraphModule) or "config" not in model.meta:
+        raise error(
+            f"expected a quantized network, got {type(model).__name__}; give what quantize() "
+            "returns as .model, or what load_quantized reads"
+        )
+
+
 def check_logits_shape(logits: Any) -> int:
     """The number of classes of (N, C) logits."""
     if not isinstance(logits, Tensor) or logits.ndim != 2:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from baselines.defaults import torch_defaults
 from baselines.errors import ExportError
 from baselines.quantization.batch_norms import NormalisedConv
-from baselines.quantization.graph import TRANSPOSED, bypass, called, cleaned
+from baselines.quantization.graph import TRANSPOSED, bypass, called, check_quantized, cleaned
 from baselines.quantization.placement import (
     is_average,
     is_quantizer,
@@ -158,11 +158,7 @@ def deployed(
 
 
 def _check(model: Any, images: Tensor | None) -> None:
-    if not isinstance(model, fx.GraphModule) or "config" not in model.meta:
-        raise ExportError(
-            f"expected a quantized network, got {type(model).__name__}; give what quantize() "
-            "returns as .model, or what load_quantized reads"
-        )
+    check_quantized(model, ExportError)
     shape = model.meta["image_shape"]
     if images is not None and not isinstance(images, Tensor):
         raise ExportError(f"expected images as a tensor, got {type(images).__name__}")

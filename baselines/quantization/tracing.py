@@ -95,8 +95,8 @@ class _ValueTracer(fx.Tracer):
         self.thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # A wrapper of torch's, such as DataParallel, is not one layer.
-        own = "forward" in vars(m) or (module_qualified_name == "network" and any(m.children()))
+        # The network itself is no layer, also if its class is torch's, such as DataParallel.
+        own = "forward" in vars(m) or module_qualified_name == "network"
         return not own and super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:

@@ -1,4 +1,4 @@
-"""The proof's queue: every grid for README's table and the record's, most important first.
+"""The proof's queue: every grid for README's table and the record's.
 
     python benchmarks/evidence/proof.py --cifar10 cifar10_resnet20.th cifar10/dev \\
         --cifar100 cifar100_resnet20.th cifar100/dev --imagenet imagenet/val
@@ -24,6 +24,7 @@ import benchmarks  # noqa: F401 - first, since it says what is missing
 
 # isort: split
 from agm import AgmError
+from baselines import METHODS
 from benchmarks import command_line, compare, report
 from benchmarks.errors import UsageError
 from benchmarks.process import locked
@@ -39,8 +40,7 @@ NETWORKS = {
     "imagenet": "--model efficientnet_lite0 --pretrained",
 }
 CIFAR100, CIFAR10, IMAGENET = NETWORKS.values()
-# The arguments of compare.py, and how many seeds, most important first: of settings in which each
-# method is judged,
+# The arguments of compare.py, and how many seeds: of settings in which each method is judged,
 SETTINGS = {
     "resnet20-w2a2-1200": (f"{CIFAR10} --bits 2 --steps 1200 {ROOM}", 5),
     "cifar100-w3a3": (f"{CIFAR100} --bits 3 --steps 1200 {ROOM}", 5),
@@ -68,7 +68,7 @@ GRIDS = {
 } | {
     f"{setting}-{method}": (f"{arguments} --baseline {method}", seeds)
     for setting, (arguments, seeds) in SETTINGS.items()
-    for method in ("gdfq", "adadfq", "qimera")
+    for method in METHODS
 }  # fmt: skip
 
 

@@ -60,8 +60,8 @@ class Task:
     def eval_every(self, steps: int, batch_size: int) -> int | None:
         """As ``baselines.quantize`` takes it for a run of such batches, chosen by the cost.
 
-        At every record (None), or seldomer, down to the network straight after quantization and the
-        last one, so that no more than ``JUDGED`` images are judged for each that is trained on.
+        At every record (None), or more rarely, down to the network straight after quantization and
+        the last one, so that some ``JUDGED`` images at most are judged for each trained on.
         """
         passes = 0 if self.images is None else JUDGED * steps * batch_size / len(self.images)
         return None if passes >= min(RECORDS, steps) else steps // max(1, int(passes))

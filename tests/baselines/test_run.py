@@ -608,8 +608,6 @@ EIGHT_PIXELS = nn.Sequential(
         ({"seed": 2**65}, "seed.*whole number"),
         ({"input_mean": "imagenet", "input_std": 1.0}, "input_mean.*got 'imagenet'"),
         ({"resume": True}, "resume needs checkpoint_path"),
-        ({"evaluate": lambda _: None}, "evaluate must return an accuracy.*got None"),
-        ({"evaluate": lambda _: {"top5": 1.0}}, "evaluate must return.*'accuracy' one of them"),
         ({"in_channels": 0}, "in_channels.*got 0"),
         ({"in_channels": 1.5}, "in_channels.*got 1.5"),
         ({"hooks": AGM()}, r"hooks must be a list, got AGM; write hooks=\[...\]"),
@@ -629,11 +627,16 @@ def test_bad_settings(settings, received):
         run(**settings, on_step=lambda step, _: steps.append(step))
     assert isinstance(caught.value, ValueError)
     assert isinstance(caught.value, AgmError)
-    assert steps == [] or "evaluate" in settings
+    assert steps == []
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_a_folder_in_the_place_of_a_file_is_left_alone(tmp_path, keep):
+@pytest.mark.parametrize("figures", [None, {"top5": 1.0}])
+def test_an_evaluation_without_an_accuracy(figures):
+    with pytest.raises(ConfigError, match=r"evaluate must return an accuracy.*'accuracy' one of"):
+        run(evaluate=lambda _: figures)
+
+
+def test_a_folder_in_the_place_of_a_file_is_left_alone(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")
@@ -642,7 +645,7 @@ def test_a_folder_in_the_place_of_a_file_is_left_alone(tmp_path, keep):
         lambda: run(checkpoint_path=folder, checkpoint_every=1),
         lambda: result.save(folder),
         lambda: result.export_onnx(folder),
-        lambda: checkpoint.save(folder, {}, keep_previous=keep),
+        lambda: checkpoint.save(folder, {}, keep_previous=True),
     ):
         with pytest.raises(CheckpointError, match="is a folder; give the name of a file in it"):
             write()
