@@ -163,7 +163,7 @@ def _file_text(cells: Sequence[Cell]) -> tuple[str, str]:
     if not files:
         return "n/a", "n/a"
     c = min(files, key=lambda c: c["onnx_bytes"])
-    size = f"{c['onnx_bytes'] / 1000:.0f} kB ({c['onnx_times_smaller']:.1f}x smaller)"
+    size = f"{c['onnx_bytes'] / 1000:.0f} kB ({1 / c['onnx_times_smaller']:.2f} of float32)"
     return size, f"{c['onnx_integer_layers']} of {c['onnx_layers']} layers"
 
 

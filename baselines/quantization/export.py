@@ -59,9 +59,8 @@ class Exported:
     def __str__(self) -> str:
         lines = aligned([("layer", "bits", "runs in", ""), *self.rows])
         lines.append(
-            f"{self.path}: {self.bytes} bytes, {self.float_bytes / self.bytes:.2f}x smaller than "
-            f"{self.float_bytes} bytes of float32; {self.integer_layers} of {len(self.rows)} "
-            "layers run in integers"
+            f"{self.path}: {self.bytes} bytes, {self.bytes / self.float_bytes:.2f} of float32's "
+            f"{self.float_bytes}; {self.integer_layers} of {len(self.rows)} layers run in integers"
         )
         return "\n".join(lines)
 

@@ -18,6 +18,8 @@ _AVERAGED = (
 )  # fmt: skip
 # What torch.compile, DataParallel and common training programs wrap a network in.
 _PREFIXES = ("_orig_mod.", "module.", "model.", "backbone.")
+# torchvision's DenseNet files name these layers as torch of 2017 did, ``norm.1`` for ``norm1``.
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 _RESAVE = (
     "re-save it where it was made, with torch.save(model.state_dict(), path) "
     "or safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
@@ -32,8 +34,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     ``weights_only=True``: no code in them can run. Where a moving average of the weights is there
     too (``state_dict_ema``, ``model_ema``, ``ema``, ...), that is taken, as timm does, and a line
     on stdout says so. Prefixes that all keys share and the model's own lack (``_orig_mod.``,
-    ``module.``, ``model.``, ``backbone.``, also nested) are left out. BatchNorm's
-    ``num_batches_tracked`` may be missing.
+    ``module.``, ``model.``, ``backbone.``, also nested) are left out, and the old names in
+    torchvision's DenseNet files are understood. BatchNorm's ``num_batches_tracked`` may be missing.
 
     Raises:
         TeacherError: the file is missing, damaged, holds anything but tensors or several different
@@ -152,7 +154,7 @@ def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 
 def _without_prefixes(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` under the names of ``own``, without as many prefixes as fits best."""
+    """``state`` under the names of ``own``: without prefixes, and renamed, as fits best."""
     candidates = [state]
     if not any(k == "n_averaged" for k in own):  # of torch.optim.swa_utils.AveragedModel
         state = {k: v for k, v in state.items() if k != "n_averaged"}
@@ -160,6 +162,7 @@ def _without_prefixes(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> di
     while state and (shared := next((p for p in _PREFIXES if _all_start(state, p)), None)):
         state = {k.removeprefix(shared): v for k, v in state.items()}
         candidates.append(state)
+    candidates += [{_OLD_DENSENET.sub(r"\1\2", k): v for k, v in c.items()} for c in candidates]
     return max(candidates, key=lambda names: len(names.keys() & own.keys()))
 
 

@@ -140,7 +140,7 @@ def test_the_smallest_file_of_an_arm():
     files = [cell(seed=s, onnx_bytes=b, onnx_times_smaller=1e6 / b, onnx_layers=8,
                   onnx_integer_layers=7) for s, b in ((0, 20_000), (1, 16_000))]  # fmt: skip
     head, (row,) = lines_of(files)
-    assert column(head, row, "ONNX file") == "16 kB (62.5x smaller)"
+    assert column(head, row, "ONNX file") == "16 kB (0.02 of float32)"
     assert column(head, row, "in integers") == "7 of 8 layers"
 
 

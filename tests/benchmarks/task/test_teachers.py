@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from torchvision.models import DenseNet
 
 from baselines.quantization.checkpoint import fingerprint
 from benchmarks.errors import TeacherError
@@ -295,6 +296,20 @@ def test_a_prefix_of_some_keys_is_not_left_out(tmp_path):
     parts = ("missing keys: conv1.weight", "unexpected keys: model.conv1.weight")
     fails(load_weights, model, tmp_path / "w.pt", parts=parts)
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_names_in_torchvisions_densenet_files(tmp_path, prefix):
+    source, model = (DenseNet(4, (2, 1), 8, num_classes=10) for _ in range(2))
+    old = {"norm1": "norm.1", "conv1": "conv.1", "norm2": "norm.2", "conv2": "conv.2"}
+    state = {
+        prefix + ".".join(old.get(part, part) if "denselayer" in k else part for part in k.split(".")): v
+        for k, v in source.state_dict().items()
+    }  # fmt: skip
+    assert f"{prefix}features.denseblock1.denselayer2.norm.1.running_mean" in state
+    torch.save(state, tmp_path / "w.pth")
+    load_weights(model, tmp_path / "w.pth")
+    assert same(model, source)
 
 
 EMA_KEYS = ("state_dict_ema", "model_ema", "ema", "ema_model", "ema_state_dict")
