@@ -301,11 +301,12 @@ def test_a_prefix_of_some_keys_is_not_left_out(tmp_path):
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_the_names_in_torchvisions_densenet_files(tmp_path, prefix):
     source, model = (DenseNet(4, (2, 1), 8, num_classes=10) for _ in range(2))
-    old = {"norm1": "norm.1", "conv1": "conv.1", "norm2": "norm.2", "conv2": "conv.2"}
-    state = {
-        prefix + ".".join(old.get(part, part) if "denselayer" in k else part for part in k.split(".")): v
-        for k, v in source.state_dict().items()
-    }  # fmt: skip
+    state = {prefix + k: v for k, v in source.state_dict().items()}
+    for name in ("norm1", "norm2", "conv1", "conv2"):  # of the layers; features.norm5 is no layer's
+        old = f".{name[:-1]}.{name[-1]}."
+        state = {
+            k.replace(f".{name}.", old) if "denselayer" in k else k: v for k, v in state.items()
+        }
     assert f"{prefix}features.denseblock1.denselayer2.norm.1.running_mean" in state
     torch.save(state, tmp_path / "w.pth")
     load_weights(model, tmp_path / "w.pth")
