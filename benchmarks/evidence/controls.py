@@ -1,9 +1,10 @@
-"""What part of the add-on's effect is its own: each part beside a control that is as strong.
+"""What of the add-on's effect is its own: it and its parts, each beside a control as strong.
 
     python benchmarks/evidence/controls.py --baseline all --bits 2 --seeds 10 --first-seed 100
 
 The loss's control adds noise to the images' gradient, as long as the loss's own. Interpolation's
-moves an image as far as interpolation would, in a random direction. Both keep to the same turns.
+moves an image as far as interpolation would, in a random direction. Both keep to the same turns,
+and are the control of the whole.
 Each run is a line of --records, judged on the proof half at its last step. A stopped command goes
 on where it was; runs of other settings or constants are left alone. Prints each arm's paired
 difference to the baseline, over all runs of these settings.
@@ -32,15 +33,16 @@ from benchmarks.errors import UsageError
 from benchmarks.provenance import provenance
 from benchmarks.task.task import load_task
 
-ARMS = ("none", "loss", "loss, control", "interpolation", "interpolation, control")
+CONTROL = ", control"
+ARMS = ("none", *(part + kind for part in report.PARTS for kind in ("", CONTROL)))
 RECORDS = Path(__file__).parent / "results" / "controls.jsonl"
 
 
 class NoiseForLoss(AGM):
     """Gaussian noise at the images, as long as the gradient that the loss would have there."""
 
-    def __init__(self, *, seed: int) -> None:
-        super().__init__(interpolation=False, seed=seed)
+    def __init__(self, *, seed: int, **parts: bool) -> None:
+        super().__init__(seed=seed, **parts)
         self.rng = torch.Generator().manual_seed(seed)
 
     def generator_loss(self, *, images: Tensor, **given: Any) -> Tensor:
@@ -70,13 +72,14 @@ class NoiseForInterpolation(LinearInterpolation):
 
 def hooks(arm: str, seed: int) -> list[Hook]:
     """Of an arm, all of one seed."""
-    if arm == "loss, control":
-        return [NoiseForLoss(seed=seed)]
     if arm == "none":
         return []
-    hook = AGM(loss=arm == "loss", interpolation=arm != "loss", seed=seed)
-    if arm == "interpolation, control":
-        hook.mix = NoiseForInterpolation(seed=seed)
+    part = arm.removesuffix(CONTROL)
+    parts = {name: part in (name, "both") for name in ("loss", "interpolation")}
+    if part == arm:
+        return [AGM(seed=seed, **parts)]
+    hook = NoiseForLoss(seed=seed, **parts)
+    hook.mix = NoiseForInterpolation(seed=seed)
     return [hook]
 
 
@@ -87,6 +90,8 @@ def main(argv: list[str]) -> int:
         epilog="All other options are compare.py's; one width is taken.",
     )  # fmt: skip
     parser.add_argument("--records", type=Path, default=RECORDS)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM",
+                        help=f"default: all of {'; '.join(ARMS)}")  # fmt: skip
     own, rest = parser.parse_known_args(argv)
     try:
         args = command_line.parse(rest)
@@ -102,7 +107,7 @@ def main(argv: list[str]) -> int:
         rows = [row for row in map(json.loads, lines) if setting.items() <= row.items()]
         own.records.parent.mkdir(parents=True, exist_ok=True)
         seeds = range(args.first_seed, args.first_seed + args.seeds)
-        for seed, method, arm in itertools.product(seeds, args.methods, ARMS):
+        for seed, method, arm in itertools.product(seeds, args.methods, own.arms):
             run = {"method": method, "arm": arm, "seed": seed}
             if any(run.items() <= row.items() for row in rows):
                 continue
@@ -132,10 +137,12 @@ def table(title: str, rows: list[dict[str, Any]]) -> str:
     of_arm: dict[str, dict[Any, float]] = {arm: {} for arm in ARMS}
     for row in rows:
         of_arm[row["arm"]][row["method"], row["seed"]] = row["accuracy_proof"]
-    found = [report.paired_difference(of_arm["none"], of_arm[arm]) for arm in ARMS[1:]]
-    texts = [report.difference_text(d).rpartition(", n=")[0] for d in found]
-    head = ["", "n", *ARMS[1:]]
-    lines = [head, ["---"] * len(head), [title, str(len(of_arm["none"])), *texts]]
+    shown = [arm for arm in ARMS[1:] if of_arm[arm]]
+    texts = [
+        report.difference_text(report.paired_difference(of_arm["none"], of_arm[arm]))
+        for arm in shown
+    ]
+    lines = [["", *shown], ["---"] * (1 + len(shown)), [title, *texts]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -61,6 +61,16 @@ def test_noise_moves_images_as_far_as_interpolation_and_keeps_the_labels():
     assert taken == 3
 
 
+def test_the_control_of_the_whole_is_that_of_its_parts_in_turns():
+    turns = zip(both("both", 6), both("loss", 6), both("interpolation", 6), strict=True)
+    for (_, _, (noise, noisy)), (_, _, (of_loss, _)), (_, _, (_, of_mixing)) in turns:
+        assert (noise is None) == (of_loss is None)
+        if noise is not None:
+            torch.testing.assert_close(noise, of_loss)
+        for got, expected in zip(noisy, of_mixing, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
 def test_records_and_going_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(teachers.DIGITS_RECIPE, "epochs", 1)
     monkeypatch.chdir(tmp_path)
@@ -77,11 +87,14 @@ def test_records_and_going_on(tmp_path, monkeypatch, capsys):
     assert controls.main([*SHORT, "--records", "new/c.jsonl"]) == 0
     assert (tmp_path / "new" / "c.jsonl").read_text() == first
     assert capsys.readouterr().out == printed
-    assert "| digits W2A2 | 2 |" in printed
+    assert printed.startswith(
+        "|  | loss | loss, control | interpolation | interpolation, control |"
+    )
+    assert printed.count("n=2") == len(controls.ARMS) - 1
     assert controls.main([*SHORT, "--batch-size", "8", "--records", "new/c.jsonl"]) == 0
     rows = (tmp_path / "new" / "c.jsonl").read_text()
     assert rows.startswith(first)  # of other settings: neither taken nor touched
-    assert len(rows.splitlines()) == 20
+    assert len(rows.splitlines()) == 4 * len(controls.ARMS)
     assert capsys.readouterr().out != printed
 
 
