@@ -67,11 +67,11 @@ def test_the_share_of_the_room(folder):
     _, _, row = tables.room_table(tables.proof_rows(folder)).splitlines()
     # The add-on's differences 1, 0.5, 2, real images' 4, 2.
     assert row.startswith("| ResNet-20 W3A3 GDFQ | 81.00 ± 1.00 | +1.17 [")
-    assert "| +3.00 [" in row
-    assert row.endswith(f"| {100 * 3.5 / 3 / 3:.0f} % | 3, 2 |")
+    assert "] |  | +3.00 [" in row
+    assert row.endswith(f"], {100 * 3.5 / 3 / 3:.0f} % | 3, 2 |")
     (folder / "c.json").unlink()
     _, _, row = tables.room_table(tables.proof_rows(folder)).splitlines()
-    assert row.endswith("] | not measured |  | 3 |")
+    assert row.endswith("] |  |  | 3 |")
 
 
 def test_equal_time_is_a_longer_baseline_against_the_same_arm(folder):
@@ -84,6 +84,12 @@ def test_equal_time_is_a_longer_baseline_against_the_same_arm(folder):
     assert "| 81.67 ± 1.26 |" in rows[1]
     assert f"| {(0.5 - 0.5 + 1.5) / 3:+.2f} [" in rows[1]
     assert "| 81.00 ± 1.00 |" in rows[0]
+    _, _, row = tables.room_table(tables.proof_rows(folder, ["resnet20"])).splitlines()
+    beside = rows[1].split(" | ")[5]
+    assert (
+        row
+        == f"| ResNet-20 W3A3 GDFQ | 81.00 ± 1.00 | {rows[0].split(' | ')[5]} | {beside} |  | 3 |"
+    )
 
 
 def test_picture(folder, tmp_path):
