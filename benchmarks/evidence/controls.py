@@ -125,25 +125,27 @@ def main(argv: list[str]) -> int:
             rows.append(run | setting | provenance(args.device))
             with own.records.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
-        print(table(f"{args.model} W{weight_bits}A{act_bits}", rows))
+        print(table({f"{args.model} W{weight_bits}A{act_bits}": rows}))
     except AgmError as error:
         print(f"controls.py: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def table(title: str, rows: list[dict[str, Any]]) -> str:
-    """The arms' paired differences to the baseline, all methods together, as Markdown."""
-    of_arm: dict[str, dict[Any, float]] = {arm: {} for arm in ARMS}
-    for row in rows:
-        of_arm[row["arm"]][row["method"], row["seed"]] = row["accuracy_proof"]
-    shown = [arm for arm in ARMS[1:] if of_arm[arm]]
-    texts = [
-        report.difference_text(report.paired_difference(of_arm["none"], of_arm[arm]))
-        for arm in shown
+def table(groups: dict[str, list[dict[str, Any]]]) -> str:
+    """Of each title's rows the arms' paired differences to the baseline, methods together."""
+    lines = []
+    shown = [
+        a for a in ARMS[1:] if any(row["arm"] == a for rows in groups.values() for row in rows)
     ]
-    lines = [["", *shown], ["---"] * (1 + len(shown)), [title, *texts]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    for title, rows in groups.items():
+        of_arm: dict[str, dict[Any, float]] = {arm: {} for arm in ARMS}
+        for row in rows:
+            of_arm[row["arm"]][row["method"], row["seed"]] = row["accuracy_proof"]
+        found = [report.paired_difference(of_arm["none"], of_arm[arm]) for arm in shown]
+        lines.append([title, *(report.difference_text(d) if d["n"] else "" for d in found)])
+    head = ["", *shown]
+    return "\n".join(f"| {' | '.join(x)} |" for x in (head, ["---"] * len(head), *lines))
 
 
 if __name__ == "__main__":

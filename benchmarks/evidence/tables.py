@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import benchmarks  # noqa: F401 - first, since it says what is missing
 
 # isort: split
-from benchmarks import report
+from benchmarks import command_line, report
+from benchmarks.evidence import controls
 from benchmarks.evidence.proof import is_present, setting
 from benchmarks.report import Cell
 
@@ -65,14 +66,14 @@ def proof_rows(folder: Path, settings: Iterable[str] = SETTINGS) -> list[Row]:
     longer = {usual: name for name, usual in EQUAL_TIME.items()}
     for name in settings:
         for key, arms in sorted(report.groups(cells[name]).items(), key=_order):
-            method, weight_bits, act_bits = key
+            run = dict(zip(("method", "weight_bits", "act_bits"), key, strict=True))
             if name in EQUAL_TIME:
                 usual = report.groups(cells[EQUAL_TIME[name]])
                 arms |= {"both": usual.get(key, {}).get("both", [])}
             elif name in longer:
                 same = report.groups(cells[longer[name]]).get(key, {})
                 arms |= {"longer": same.get("none", [])}
-            rows.append((SETTINGS[name].format(f"W{weight_bits}A{act_bits} {NAMES[method]}"), arms))
+            rows.append((_title(name, run), arms))
     return rows
 
 
@@ -158,6 +159,29 @@ def _runs(methods: list[dict[str, list[Cell]]], arm: str, key: str) -> dict[Any,
     """A figure of an arm, by method and seed."""
     found = [report.by_seed(arms.get(arm, []), key) for arms in methods]
     return {(i, seed): v for i, by_seed in enumerate(found) for seed, v in by_seed.items()}
+
+
+def controls_table(records: Path, rows: list[Row]) -> str:
+    """controls.py's table of every setting that it was run in with today's constants.
+
+    Arms that its records lack there are the proof's.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    now = [command_line.constants("quick", size) for size in (8, 32, 224)]
+    for run in map(json.loads, records.read_text().splitlines()):
+        if run["recipe"] == "quick" and run["constants"] in now:
+            groups.setdefault(_title(f"{run['model']}-{run['steps']}", run), []).append(run)
+    proof = dict(rows)
+    for title, runs in groups.items():
+        present = {run["arm"] for run in runs}
+        for arm in {"none", *report.PARTS} - present:
+            runs += [cell | {"arm": arm} for cell in proof.get(title, {}).get(arm, [])]
+    return controls.table(groups)
+
+
+def _title(name: str, run: dict[str, Any]) -> str:
+    bits = f"W{run['weight_bits']}A{run['act_bits']}"
+    return SETTINGS[name].format(f"{bits} {NAMES[run['method']]}")
 
 
 def speed_table(paths: list[Path]) -> str:
@@ -282,6 +306,7 @@ def tables() -> dict[Path, dict[str, str]]:
         README: {"room": room_table(proof_rows(PROOF, SHOWN)) + earlier(PROOF)},
         RECORD: {
             "proof": proof_table(proof_rows(PROOF)),
+            "controls": controls_table(RESULTS / "controls.jsonl", proof_rows(PROOF)),
             "earlier": proof_table(proof_rows(EARLIER)),
             "deployed": deployed_table(RESULTS / "deployed.json"),
             "speed": speed_table([RESULTS / "speed-batch200.json", RESULTS / "speed-batch16.json"]),

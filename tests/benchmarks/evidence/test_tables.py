@@ -92,6 +92,31 @@ def test_equal_time_is_a_longer_baseline_against_the_same_arm(folder):
     )
 
 
+def test_controls_stand_beside_the_proofs_arms(folder):
+    now = {"recipe": "quick", "constants": command_line.constants("quick", 32)}
+    setting = {"method": "gdfq", "weight_bits": 3, "act_bits": 3, "model": "resnet20"} | now
+    run = setting | {"steps": 1200, "arm": "both, control", "seed": 0, "accuracy_proof": 80.25}
+    others = [
+        run | {"accuracy_proof": 9.0, "constants": {}},  # of an earlier recipe
+        run | {"seed": 1, "accuracy_proof": 82.25},
+        # A setting of which the grids have nothing, with a baseline of its own.
+        run | {"model": "digits", "steps": 600, "arm": "none", "accuracy_proof": 90.0},
+        run | {"model": "digits", "steps": 600, "arm": "loss", "accuracy_proof": 91.5},
+    ]
+    records = folder / "c.jsonl"
+    records.write_text("".join(json.dumps(row) + "\n" for row in (run, *others)))
+    values = {"none": [80.0, 82.0], "both": [81.0, 83.0]}
+    cells = [cell(arm, i, v) for arm in values for i, v in enumerate(values[arm])]
+    grid(folder / "d.json", "--model resnet20 --bits 3 --steps 1200 --with-agm", cells)
+    head, _, *rows = tables.controls_table(records, tables.proof_rows(folder)).splitlines()
+    assert head == "|  | loss | both | both, control |"
+    same = "| +1.00 [+1.00, +1.00], n=2 | +0.25 [+0.25, +0.25], n=2 |"
+    assert rows == [
+        f"| ResNet-20, 1,200 steps, W3A3 GDFQ |  {same}",
+        "| digits W3A3 GDFQ | +1.50 n/a, n=1 |  |  |",
+    ]
+
+
 def test_picture(folder, tmp_path):
     tables.picture(tables.proof_rows(folder), tmp_path / "proof.png")
     assert (tmp_path / "proof.png").read_bytes().startswith(b"\x89PNG")
