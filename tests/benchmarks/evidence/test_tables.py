@@ -103,17 +103,26 @@ def test_controls_stand_beside_the_proofs_arms(folder):
         run | {"model": "digits", "steps": 600, "arm": "none", "accuracy_proof": 90.0},
         run | {"model": "digits", "steps": 600, "arm": "loss", "accuracy_proof": 91.5},
     ]
+    for seed, accuracy in enumerate([80.5, 84.0]):
+        run_of_it = run | {"seed": seed, "arm": "interpolation", "accuracy_proof": 81.0 + seed}
+        others += [
+            run_of_it,
+            run_of_it | {"steps": 1280, "arm": "none", "accuracy_proof": accuracy},
+        ]
     records = folder / "c.jsonl"
     records.write_text("".join(json.dumps(row) + "\n" for row in (run, *others)))
     values = {"none": [80.0, 82.0], "both": [81.0, 83.0]}
     cells = [cell(arm, i, v) for arm in values for i, v in enumerate(values[arm])]
     grid(folder / "d.json", "--model resnet20 --bits 3 --steps 1200 --with-agm", cells)
     head, _, *rows = tables.controls_table(records, tables.proof_rows(folder)).splitlines()
-    assert head == "|  | loss | both | both, control |"
-    same = "| +1.00 [+1.00, +1.00], n=2 | +0.25 [+0.25, +0.25], n=2 |"
+    assert head == "|  | loss | interpolation | both | both, control |"
+    ones = "+1.00 [+1.00, +1.00], n=2"
     assert rows == [
-        f"| ResNet-20, 1,200 steps, W3A3 GDFQ |  {same}",
-        "| digits W3A3 GDFQ | +1.50 n/a, n=1 |  |  |",
+        "| ResNet-20, 1,200 steps, W3A3 GDFQ "
+        f"|  | +0.50 [-5.85, +6.85], n=2 | {ones} | +0.25 [+0.25, +0.25], n=2 |",
+        "| digits W3A3 GDFQ | +1.50 n/a, n=1 |  |  |  |",
+        "| ResNet-20, 1,200 steps, interpolation's time, W3A3 GDFQ "
+        "|  | -0.75 [-16.63, +15.13], n=2 |  |  |",
     ]
 
 
