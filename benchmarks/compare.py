@@ -26,6 +26,7 @@ or, with --parallel batch, they share each batch of one run after the other.
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -62,7 +63,7 @@ from benchmarks import progress, report
 from benchmarks.command_line import constants, grid, parse, training
 from benchmarks.errors import UsageError
 from benchmarks.grid import claimed, number_of_jobs, one_thread, shared, side_by_side
-from benchmarks.process import Stop, locked, replacing
+from benchmarks.process import Stop, locked
 from benchmarks.provenance import provenance
 from benchmarks.report import Cell
 from benchmarks.task.real_images import RealImages
@@ -227,7 +228,7 @@ class Comparison:
                 "command, or choose another --out"
             )
         for name in [*(cell["name"] for cell in self.cells), "report", "settings"]:
-            for stale in [*self.out.glob(f"{name}.*.tmp"), *self.out.glob(f".{name}.*.tmp")]:
+            for stale in self.out.glob(f"{name}.*.tmp"):
                 stale.unlink()
         for failure in self.out.glob(f"{CLAIMS}/*.json"):
             failure.unlink()
@@ -343,8 +344,9 @@ class Comparison:
         """The quantized network, its images, and last the row, which says that all is there."""
         stem = self.out / cell["name"]
         result.save(stem.with_suffix(".ckpt"))
-        with replacing(stem.with_suffix(".npy")) as temporary, temporary.open("wb") as file:
-            np.save(file, self.task.pixels(result.images))
+        pixels = io.BytesIO()
+        np.save(pixels, self.task.pixels(result.images))
+        checkpoint.write(stem.with_suffix(".npy"), pixels.getbuffer())
         exported = self._export(stem.with_suffix(".onnx"), result)
         judged = [record for record in result.history if "accuracy" in record] or [{}]
         row = cell | {

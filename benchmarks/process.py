@@ -1,4 +1,4 @@
-"""Signals that let a step end, one run a folder, and files that are whole or absent."""
+"""Signals that let a step end, and one run a folder."""
 
 import contextlib
 import os
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from baselines.quantization.checkpoint import sync
 from benchmarks.errors import UsageError
 
 try:
@@ -83,21 +82,3 @@ def _lock(file: IO[str], wait: bool) -> None:
     if fcntl is None:
         raise OSError("this system has no fcntl")
     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file to write, which takes the place of ``path`` if nothing goes wrong."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:  # Windows syncs what is open for writing alone
-            sync(file)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UsageError(
-            f"could not write {path}: {error.strerror or error}; a file that was there is intact. "
-            "Free some space and add --resume, or choose another --out"
-        ) from error

@@ -1,5 +1,6 @@
 """From finished cells to a table, a picture and report.json."""
 
+import io
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.process import replacing
+from baselines.quantization import checkpoint
 
 Cell = dict[str, Any]
 PARTS = ("loss", "interpolation", "both")  # of the add-on
@@ -262,9 +263,10 @@ def picture(
         name = f"{method} W{weight_bits}A{act_bits} {ARM_NAMES[arm]}, seed {cell['seed']}"
         axis.set_title(f"Generated images: {name}", fontsize=11)
     figure.suptitle(f"{title}: mean and range over seeds", fontsize=12)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    png = io.BytesIO()
+    figure.savefig(png, dpi=110, format="png")
     plt.close(figure)
+    checkpoint.write(path, png.getbuffer())
 
 
 def mosaic(images: np.ndarray, rows: int = 4, columns: int = 8) -> np.ndarray:
@@ -287,8 +289,7 @@ def mosaic(images: np.ndarray, rows: int = 4, columns: int = 8) -> np.ndarray:
 
 def write_json(path: Path, content: Any) -> None:
     """Atomically; NaN becomes null."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(_finite(content), indent=1) + "\n")
+    checkpoint.write(path, (json.dumps(_finite(content), indent=1) + "\n").encode())
 
 
 def _finite(value: Any) -> Any:

@@ -21,7 +21,7 @@ import benchmarks  # noqa: F401 - first, since it says what is missing
 
 # isort: split
 from benchmarks import command_line, report
-from benchmarks.evidence import controls
+from benchmarks.evidence import controls, paired
 from benchmarks.evidence.proof import is_present, setting
 from benchmarks.report import Cell
 
@@ -186,7 +186,7 @@ def controls_table(records: Path, rows: list[Row]) -> str:
         present = {run["arm"] for run in runs}
         for arm in {"none", *report.PARTS} - present:
             runs += [cell | {"arm": arm} for cell in proof.get(title, {}).get(arm, [])]
-    return controls.table(groups)
+    return paired.table(groups, controls.ARMS, "proof")
 
 
 def _title(name: str, run: dict[str, Any]) -> str:

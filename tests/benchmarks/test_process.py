@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import process
 from benchmarks.errors import UsageError
-from benchmarks.process import Stop, locked, replacing
+from benchmarks.process import Stop, locked
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
@@ -153,24 +153,3 @@ def test_a_system_without_fcntl_is_a_warning(tmp_path, monkeypatch):
     assert (tmp_path / "result").read_text() == "1"
     with process.locked(tmp_path):
         refused(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("code", "left", "outcome"),
-    [
-        (errno.EINVAL, "new", pytest.warns(UserWarning, match=r"report.json.*all is written")),
-        (errno.EIO, "old", pytest.raises(UsageError, match=r"could not write .*json.*intact")),
-    ],
-    ids=["no such thing", "a failing disk"],
-)
-def test_a_file_that_cannot_be_synced(tmp_path, monkeypatch, code, left, outcome):
-    def refuse(_):
-        raise OSError(code, os.strerror(code))
-
-    path = tmp_path / "report.json"
-    path.write_text("old")
-    monkeypatch.setattr(os, "fsync", refuse)
-    with outcome, replacing(path) as temporary:
-        temporary.write_text("new")
-    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
-    assert path.read_text() == left
