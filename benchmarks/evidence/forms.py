@@ -44,7 +44,7 @@ class TwoSided(AGM):
         d = total_variation(teacher_logits, student(images))  # the trainer remembers its logits
         mean, std = self.running["mean"], self.running["variance"].sqrt()
         above = expected_margin(-d, -(mean + std), std).mean()
-        return below + self.running["weight"] * above
+        return below + self.running.get("weight", 1.0) * above
 
 
 class Pool(AGM):
