@@ -18,11 +18,11 @@ from benchmarks.report import Cell
 # The digits' images have 16 times fewer pixels than CIFAR's and need fewer steps.
 DIGITS_STEPS = 600
 _COMMANDS = """\
-Quantize a trained network without data, with and without the add-on, and compare:
+Quantize a network without data, with and without the add-on, and compare:
 
-  compare.py --baseline gdfq --with-agm                                scikit-learn's digits
-  compare.py --model resnet20 --weights FILE --data FOLDER --with-agm  your own network
-  compare.py (the same options) --out FOLDER --resume                  go on where it was stopped
+  compare.py --baseline gdfq --with-agm                                on digits
+  compare.py --model resnet20 --weights FILE --data FOLDER --with-agm  on yours
+  compare.py (the same options) --out FOLDER --resume                  go on
 """
 
 
@@ -38,34 +38,33 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         usage="python benchmarks/compare.py [options]", description=_COMMANDS, add_help=False,
         allow_abbrev=False,
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=34),
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=28),
     )  # fmt: skip
     # fmt: off
     add = parser.add_argument_group("what to quantize (defaults are in parentheses)").add_argument
     add("--model", default="digits", metavar="NAME",
-        help="(digits), resnet20, efficientnet_lite0, torchvision:NAME, timm:NAME or "
-        "package.module:factory")
+        help="(digits), resnet20, efficientnet_lite0, timm:NAME, torchvision:NAME, module:factory")
     add("--weights", type=Path, metavar="FILE", help="a state_dict, bare or in a checkpoint")
-    add("--pretrained", action="store_true", help="the library's own weights (downloaded by it)")
+    add("--pretrained", action="store_true", help="the library's own weights, which it downloads")
     add("--data", type=Path, metavar="FOLDER",
-        help="ImageFolder to evaluate on; without it accuracies are n/a")
+        help="ImageFolder to judge on (none: no accuracies)")
     add("--image-size", type=int, metavar="N",
-        help="pixels a side (the library's; digits 8, torchvision 224, or 32)")
+        help="a side (the library's, else 224, or 32; digits 8)")
     add("--resize", type=int, metavar="N",
-        help="of the shorter side, before the crop (the library's, or no crop)")
-    add("--in-channels", type=int, metavar="N", help="of the images (the first convolution's)")
+        help="shorter side, before a crop (the library's; none)")
+    add("--in-channels", type=int, metavar="N", help="(the first convolution's)")
     add("--num-classes", type=int, metavar="N",
-        help="(the pretrained's, the folders of --data, or 10; libraries 1000)")
+        help="(the weights', --data's; 10, of libraries 1000)")
     add("--mean", type=float, nargs="+", metavar="X",
-        help="of the model's input (the library's, or ImageNet's)")
+        help="of its inputs (the library's, or ImageNet's)")
     add("--std", type=float, nargs="+", metavar="X", help="likewise")
     add = parser.add_argument_group("how").add_argument
-    add("--baseline", nargs="+", default=["gdfq"], choices=[*METHODS, "all"], metavar="METHOD",
+    add("--baseline", nargs="+", default=["gdfq"], choices=[*METHODS, "all"], metavar="M",
         help=f"{', '.join(METHODS)} or all (gdfq)")
     add("--with-agm", nargs="*", choices=report.PARTS, metavar="PART",
-        help="and with the add-on: loss, interpolation, (both) or several")
+        help="and with loss, interpolation, (both) or several")
     add("--with-real", action="store_true",
-        help="and with real images, half of --data's: the room there is")
+        help="and with real images, half of --data's: the room")
     add("--bits", type=int, nargs="+", metavar="N",
         help="of weights and activations (3 4; digits 2 3)")
     add("--weight-bits", type=int, metavar="N", help="in place of --bits, with --act-bits")
@@ -76,19 +75,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="ours, or as the methods' papers say (quick)")
     add("--steps", type=int, metavar="N", help="(the recipe's; digits 600)")
     add("--batch-size", type=int, metavar="N", help="in place of the recipe's")
-    add("--activations", choices=PLACEMENTS,
-        help="which are quantized: inputs (of quick) or relu (of paper)")
+    add("--activations", choices=PLACEMENTS, metavar="WHICH",
+        help="quantized: inputs (of quick) or relu (of paper)")
     add("--eval-every", type=int, metavar="STEPS",
         help="(20 times a run, fewer if that takes long)")
     add = parser.add_argument_group("where").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(auto)")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", metavar="P",
+        help="fp32, bf16 or (auto)")
     add("--jobs", type=int, metavar="N",
-        help="runs side by side, a thread or GPU each (-1: as fit)")
+        help="runs side by side, a thread or GPU each (as fit)")
     add("--parallel", choices=["batch"],
-        help="under torchrun: all ranks share each batch (else the runs)")
+        help="under torchrun, ranks share a batch (else runs)")
     add("--out", type=Path, metavar="FOLDER", help="(runs/MODEL-TIME)")
-    add("--resume", action="store_true", help="go on in --out with what is not finished there")
+    add("--resume", action="store_true", help="go on in --out with what is not finished")
     add("--checkpoint-every", type=int, default=200, metavar="STEPS", help="(200)")
     add("--debug", action="store_true", help="show tracebacks")
     add("-h", "--help", action="help", help=argparse.SUPPRESS)

@@ -136,10 +136,10 @@ MISTAKES = {
 
 
 def test_help_is_a_screen_with_the_three_commands_first(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "80")
     lines = ok("--help").splitlines()
     assert len(lines) <= 45
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= 80
     commands = [line.split()[1:] for line in lines[:8] if line.startswith("  compare.py ")]
     assert len(commands) == 3
     command_line.parse(commands[0][:3])
