@@ -58,7 +58,7 @@ class LinearInterpolation:
         Args:
             images: (N, ...), any floating dtype; not written to.
             labels: (N,) integers, which need ``num_classes``, or (N, C) probabilities.
-            weight: lambda, (N,), (N, 1, ...) or a number, in place of the random one.
+            weight: lambda, (N,), (N, 1, *pixels) or a number, in place of the random one.
 
         Returns:
             Images of the same shape, dtype and memory format; with labels also (N, C) soft labels,

@@ -86,7 +86,11 @@ def _with_graph(module: nn.Module, name: str) -> Tensor:
 
 
 class Hook(Protocol):
-    """What a trainer calls; each method may return its neutral value (0, or what it was given)."""
+    """What a trainer calls; each method may return its neutral value (0, or what it was given).
+
+    Nobody writes into the tensors given, nor into the logits that ``student(images)``, any callable
+    images -> logits, gives.
+    """
 
     def generator_loss(
         self,
@@ -102,7 +106,11 @@ class Hook(Protocol):
         """The batch the student is to learn from: images, or (images, labels) if given labels."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the hook needs to go on exactly from here."""
+        """All that the hook needs to go on exactly from here.
+
+        Tensors in a dict under ``"running"`` are averages over the batch: where ranks share one,
+        they are averaged over the ranks, too.
+        """
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly from there."""
@@ -177,8 +185,8 @@ class AGM:
             raise AgmValueError(f"ratio must be finite and > 0, got {ratio!r}")
         if not 0 <= decay < 1:
             raise AgmValueError(f"decay must be in [0, 1), got {decay!r}")
-        if interval < 1:
-            raise AgmValueError(f"interval must be >= 1, got {interval!r}")
+        if not isinstance(interval, int) or interval < 1:
+            raise AgmValueError(f"interval must be a whole number >= 1, got {interval!r}")
         self.discrepancy = resolve_discrepancy(discrepancy)
         self.ratio, self.decay, self.interval = ratio, decay, interval
         self.loss, self.interpolation, self.alternate = loss, interpolation, alternate

@@ -24,13 +24,14 @@ class DiversityProbe:
       features of the call before. NaN in the first call.
     * ``gradient_norm``: of the generator's parameters as they are; NaN if it has none.
 
-    Features are what the teacher's last linear layer receives (its output if it has none).
-    Nothing is left behind: training modes, buffers and torch's RNGs are as before the call.
+    Features are what the linear layer that the teacher runs last receives (its output if it has
+    none). Nothing is left behind: training modes, a module's buffers and torch's RNGs are as before
+    the call.
 
     Args:
-        generator: a module or any callable, ``generator(*latents) -> images``.
-        latents: its arguments, a tensor or a tuple of tensors, kept as they are given; of N >= 2
-            samples.
+        generator: a module or any callable, ``generator(*latents) -> images``; what another
+            callable than a module changes, such as the buffers of one inside, stays changed.
+        latents: its arguments, a tensor or a tuple, of which tensors are copied; of N >= 2 samples.
         teacher: images (N, ...) -> logits (N, C), a module.
 
     Source: what Luo et al., IEEE TCSVT 2024, doi 10.1109/TCSVT.2024.3399311, observe; the figures
@@ -48,7 +49,8 @@ class DiversityProbe:
         teacher: nn.Module,
     ) -> None:
         self.generator, self.teacher = generator, teacher
-        self.latents = latents if isinstance(latents, tuple) else (latents,)
+        given = latents if isinstance(latents, tuple) else (latents,)
+        self.latents = tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in given)
         self.images: Tensor | None = None
         self.features: Tensor | None = None
 
@@ -102,8 +104,8 @@ class DiversityProbe:
             tensors += self.generator.parameters()
         devices = {t.device for t in tensors if t.is_cuda}
         with torch.random.fork_rng(devices=list(devices)), ExitStack() as stack:
-            if linears:
-                handle = linears[-1].register_forward_pre_hook(
+            for linear in linears:
+                handle = linear.register_forward_pre_hook(
                     lambda _module, inputs, named: seen.append(*inputs, *named.values()),
                     with_kwargs=True,
                 )

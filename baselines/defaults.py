@@ -13,15 +13,19 @@ _callers_dtype = torch.float32
 
 @contextmanager
 def torch_defaults() -> Iterator[None]:
-    """float32 and the CPU for new tensors, and no inference mode; the caller's own come back.
+    """float32 and the CPU for new tensors, no inference mode and no autocast.
 
-    All is computed as if the caller had set nothing; also a decorator. Threads may overlap inside.
+    All is computed as if the caller had set none of them, and they come back; also a decorator.
+    Threads may overlap inside.
     """
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         if torch.get_default_device() != torch.device("cpu"):
             stack.enter_context(torch.device("cpu"))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(_float32())
         yield
 

@@ -1,7 +1,7 @@
 """A whole run: from a teacher to its quantized network, measured, checkpointed, resumable."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from agm import DiversityProbe, Hook
 from baselines import methods
+from baselines.defaults import torch_defaults
 from baselines.errors import CheckpointError, ConfigError
 from baselines.quantization import checkpoint
 from baselines.quantization.copying import image_channels
@@ -153,13 +154,20 @@ def quantize(
             weights of the step before.
         Interrupted: ``stop`` said so.
     """
-    for name, steps_between in (("checkpoint_every", checkpoint_every), ("eval_every", eval_every)):
-        if steps_between is not None and steps_between < 1:
-            raise ConfigError(f"{name} must be >= 1, got {steps_between}")
+    counts = {"checkpoint_every": checkpoint_every, "records": records}
+    counts |= {} if eval_every is None else {"eval_every": eval_every}
+    for name, count in counts.items():
+        if not isinstance(count, Integral) or count < 1:
+            raise ConfigError(f"{name} must be a whole number >= 1, got {count!r}")
+    calls = {"stop": stop, "on_step": on_step, "on_policy": on_policy}
+    calls |= {} if evaluate is None else {"evaluate": evaluate}
+    for name, call in calls.items():
+        if not callable(call):
+            raise ConfigError(f"{name} must be a function, got {call!r}")
     if checkpoint_path is None and resume:
         raise ConfigError("resume needs checkpoint_path, the file to go on from")
     if checkpoint_path is not None:
-        checkpoint.check_place(checkpoint_path)
+        (checkpoint.check_place if resume else checkpoint.check_own)(checkpoint_path)
     trainer = make_trainer(
         teacher,
         method=method,
@@ -297,22 +305,30 @@ class _Run:
         self.seconds += time.perf_counter() - start
         step = self.trainer.step_count
         if step in self.record_at:
-            with GLOBAL_RNG:
+            with GLOBAL_RNG, torch_defaults():
                 figures = self.probe()
             self.history.append(row | figures)
         if self.evaluate is not None and step in self.evaluate_at:
             if not self.history or self.history[-1]["step"] != step:
                 self.history.append({"step": step})
-            figures = self.evaluate(self.trainer.student)
-            named = figures if isinstance(figures, Mapping) else {"accuracy": figures}
-            if named.get("accuracy") is None:
-                raise ConfigError(
-                    "evaluate must return an accuracy, or figures by name, 'accuracy' one of them; "
-                    f"got {figures!r}"
-                )
-            self.history[-1] |= named
-            self.trainer.student.eval()
+            self.history[-1] |= self._judged(self.evaluate, known=self.history[-1].keys())
         return terms
+
+    def _judged(self, evaluate: Callable[[nn.Module], Any], known: Set[str]) -> dict[str, float]:
+        """Its figures of the student, which stays as it was; ``known`` names are taken."""
+        figures = evaluate(self.trainer.student)
+        self.trainer.student.requires_grad_(True).eval()
+        given = figures if isinstance(figures, Mapping) else {"accuracy": figures}
+        try:
+            named = {name: float(value) for name, value in given.items()}
+        except (TypeError, ValueError):
+            named = {}
+        if "accuracy" not in named or named.keys() & known:
+            raise ConfigError(
+                "evaluate must return an accuracy, or figures by name, 'accuracy' one of them and "
+                f"none of {', '.join(known)}; got {figures!r}"
+            )
+        return named
 
     def save(self, path: str | Path, identity: dict[str, Any]) -> None:
         checkpoint.save(path, self.state_dict(identity), keep_previous=True)

@@ -5,6 +5,7 @@ A file is MAGIC, the SHA-256 of the rest, and the rest: a ``torch.save`` archive
 """
 
 import contextlib
+import copy
 import errno
 import glob
 import hashlib
@@ -15,12 +16,15 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from baselines.defaults import torch_defaults
 from baselines.errors import CheckpointError
+from baselines.quantization.copying import channels_last
 from baselines.quantization.graph import check_quantized
 from baselines.quantization.policy import QuantizationConfig
+from baselines.quantization.quantizers import unquantized
+from baselines.quantization.reference import same
 from baselines.quantization.student import build_student
 from baselines.quantization.tracing import traced
 
@@ -33,8 +37,25 @@ def save(path: str | Path, state: dict[str, Any], *, keep_previous: bool = False
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getbuffer()
+    try:
+        torch.load(io.BytesIO(payload), weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is not written, as nobody could read it back: a checkpoint takes tensors, "
+            "numbers, text, lists, tuples and dicts, also of a hook's state_dict "
+            f"({str(error).splitlines()[0]})"
+        ) from error
     digest = hashlib.sha256(payload).digest()
     write(Path(path), MAGIC, digest, payload, keep_previous=keep_previous)
+
+
+def check_own(path: str | Path) -> None:
+    """:func:`check_place`, and no other program's file lies there, which would be overwritten."""
+    check_place(path)
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        start = file.read(len(MAGIC))
+        if start and not start.startswith(MAGIC):
+            raise CheckpointError(f"{str(path)!r} is no checkpoint of this program; choose another")
 
 
 def check_place(path: str | Path) -> None:
@@ -145,40 +166,52 @@ def previous(path: Path) -> Path:
     return path.with_name(path.name + ".previous")
 
 
+@torch_defaults()
 def save_quantized(model: fx.GraphModule, path: str | Path) -> None:
-    """Write a quantized network: its configuration, its images' shape and its state.
+    """Write a quantized network: its configuration, its images' shape, its state and some logits.
 
     Raises:
         CheckpointError: not a quantized network, or the file cannot be written; one that was there
             is intact.
     """
     check_quantized(model, CheckpointError)
+    shape = tuple(model.meta["image_shape"])
     save(
         path,
         {
             "config": vars(model.meta["config"]),
-            "image_shape": model.meta["image_shape"],
+            "image_shape": shape,
             "model": model.state_dict(),
+            "logits": _float_logits(copy.deepcopy(model).cpu(), shape),
         },
     )
 
 
+@torch.no_grad()
+def _float_logits(model: fx.GraphModule, image_shape: tuple[int, ...]) -> Tensor:
+    """Of a random batch, always the same, without rounding, which may fall otherwise elsewhere."""
+    images = torch.randn(4, *image_shape, generator=torch.Generator().manual_seed(0))
+    with unquantized(model):
+        return model.eval()(images)
+
+
 @torch_defaults()
 def load_quantized(path: str | Path, architecture: nn.Module) -> fx.GraphModule:
-    """Read a quantized network back, in eval mode, float32, with the same logits.
+    """Read a quantized network back, in eval mode, float32, trainable, with the same logits.
 
     Args:
         architecture: the full-precision network it was made from; its weights do not matter.
 
     Raises:
-        CheckpointError: as :func:`load`, or the file is of another network.
+        CheckpointError: as :func:`load`, or the file is of another network: other names or shapes,
+            or other logits for the same weights.
     """
     if isinstance(path, nn.Module):
         raise CheckpointError(
             "give the file first, then the network: load_quantized(path, network)"
         )
     state = load(path)
-    if set(state) != {"config", "image_shape", "model"}:
+    if set(state) != {"config", "image_shape", "model", "logits"}:
         raise CheckpointError(f"{path} is not a quantized network; it holds {sorted(state)}")
     try:
         config = QuantizationConfig(**state["config"])
@@ -188,8 +221,14 @@ def load_quantized(path: str | Path, architecture: nn.Module) -> fx.GraphModule:
         ) from error
     model = build_student(traced(architecture, tuple(state["image_shape"])), config)
     load_matching(model, state["model"], str(path))
+    expected, shape = state["logits"], tuple(state["image_shape"])
+    if expected.isfinite().all() and not same(_float_logits(model, shape), expected):
+        raise CheckpointError(
+            f"{path} is of another network: the architecture has its weights' names and shapes, "
+            "and gives other logits; give the one that it was made from"
+        )
     # As it was trained: another memory format would round differently.
-    return model.to(memory_format=torch.channels_last)
+    return channels_last(model)
 
 
 def load_matching(model: nn.Module, state: dict[str, Any], source: str) -> None:
@@ -213,6 +252,9 @@ def fingerprint(module: nn.Module) -> str:
     """16 hex digits of a SHA-256 over the names, dtypes, shapes and bytes of the state dict."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        if not isinstance(tensor, Tensor):  # an extra state
+            digest.update(f"{name} {tensor!r}\n".encode())
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

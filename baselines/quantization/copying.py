@@ -37,12 +37,19 @@ def own_copy(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modul
     made = [t for m in network.modules() for t in vars(m).values() if isinstance(t, Tensor)]
     memo = {id(t): t.detach().clone() for t in made if not t.is_leaf}
     try:
-        return copy.deepcopy(network, memo).eval().to("cpu", dtype)
+        own = copy.deepcopy(network, memo)
+        own.eval()  # whose override may return nothing
+        return own.to("cpu", dtype)
     except Exception as error:
         raise UnsupportedLayerError(
             f"{type(network).__name__} cannot be copied ({error}); a tensor kept as an attribute "
             "must be a parameter, a buffer, or detached"
         ) from error
+
+
+def channels_last(network: nn.Module) -> nn.Module:
+    """``network`` itself, its tensors of four dimensions in torch's faster memory format."""
+    return network._apply(lambda t: t.to(memory_format=torch.channels_last) if t.ndim == 4 else t)
 
 
 def without_hooks(network: nn.Module) -> nn.Module:
@@ -85,7 +92,10 @@ def _bake_hook(module: nn.Module, hook: Any) -> None:
 
 
 def image_channels(network: nn.Module, image_size: int) -> int | None:
-    """Those of the first convolution that ``network`` runs, or has; None if it has none."""
+    """3 if ``network`` takes such images, else those of the first convolution that it runs, or has.
+
+    None if it has no convolution either.
+    """
     network = without_hooks(own_copy(network))
     first: list[int] = []
     convolutions = [m for m in network.modules() if isinstance(m, CONVOLUTIONS)]
@@ -94,6 +104,7 @@ def image_channels(network: nn.Module, image_size: int) -> int | None:
     try:
         with torch.no_grad():
             network(torch.zeros(2, 3, image_size, image_size))
+        return 3
     except Exception:  # grey images, as a rule; what else may be wrong shows when it is traced
         pass
     first += [module.in_channels for module in convolutions[:1]]

@@ -138,7 +138,7 @@ class WeightQuantizer(nn.Module):
         qmin, qmax = integer_range(self.bit_width, self.scheme, signed=True)
         # Nothing lies outside a min-max range, so both straight-through gradients are the identity.
         quantized = fake_quantize(weight, scale, zero_point, qmin, qmax)
-        if self.remembering:
+        if self.remembering and torch.is_grad_enabled():  # else it would have no graph
             self.remembered = quantized
         return quantized
 

@@ -6,6 +6,7 @@ network -> own copy, without hooks, reparametrized weights as plain ones (copyin
         -> compared with the network, in numbers                         (reference)
 """
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -48,9 +49,10 @@ def traced(
         raise ConfigError(
             f"the network does not take {size} images ({error}); set image_size, or in_channels"
         ) from error
+    entry = _Entry(network)
     try:
         with torch.no_grad(), _TRACING:
-            graph = _ValueTracer(example).trace(_Entry(network))
+            graph = _ValueTracer(example).trace(entry)
     except Exception as error:
         raise UnsupportedLayerError(
             f"{type(network).__name__} cannot be traced by torch.fx ({type(error).__name__}: "
@@ -58,13 +60,32 @@ def traced(
             "compiled or parallel network's module inside"
         ) from error
     for node in graph.nodes:
-        if node.op in ("call_module", "get_attr"):
+        if node.op == "get_attr" and node.target in vars(entry):  # a tensor that forward made
+            node.target = _kept(network, vars(entry)[node.target])
+        elif node.op in ("call_module", "get_attr"):
             node.target = node.target.removeprefix("network.")
         node._rename(node.name.removeprefix("network_"))
     result = fx.GraphModule(network, graph, type(network).__name__)
     canonical(result)
     result.meta["image_shape"] = tuple(image_shape)
-    return cleaned(result)
+    result = cleaned(result)
+    try:
+        with torch.no_grad():
+            result(torch.zeros(len(example) + 1, *image_shape, dtype=dtype))
+    except Exception as error:
+        raise UnsupportedLayerError(
+            f"the copy of {type(network).__name__} takes {len(example)} images, and not "
+            f"{len(example) + 1} ({type(error).__name__}: {error}); its forward must take a batch "
+            "of any size"
+        ) from error
+    return result
+
+
+def _kept(network: nn.Module, constant: Tensor) -> str:
+    """The name of a new buffer that holds it."""
+    name = next(n for i in itertools.count() if not hasattr(network, n := f"constant{i}"))
+    network.register_buffer(name, constant.detach().clone())
+    return name
 
 
 class _Entry(nn.Module):

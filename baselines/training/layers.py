@@ -44,9 +44,9 @@ class Layers:
     @contextmanager
     def collected(self) -> Iterator[None]:
         """While inside, what the layers give is kept, each time anew; all is let go on leaving."""
-        handles = [
-            module.register_forward_hook(self._keep) for pair in self.modules for module in pair
-        ]
+        teachers, students = zip(*self.modules, strict=True) if self.modules else ((), ())
+        handles = [module.register_forward_hook(self._keep) for module in teachers]
+        handles += [module.register_forward_hook(self._keep_learning) for module in students]
         try:
             yield
         finally:
@@ -56,6 +56,10 @@ class Layers:
 
     def _keep(self, module: nn.Module, _inputs: Any, output: Tensor) -> None:
         self.given[module] = output
+
+    def _keep_learning(self, module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        if torch.is_grad_enabled():  # else a hook looks at the student, which does not learn so
+            self.given[module] = output
 
     def distance(self) -> Tensor:
         """Of what both networks gave last; float32, scalar, with the student's graph alone.

@@ -75,10 +75,10 @@ class Ranks:
         return [value.to(parts[0].dtype) for pair in pairs for value in pair]
 
     def average_state(self, owner: Any) -> None:
-        """Average the floating tensors of an object's ``state_dict``."""
-        if self.size > 1:
-            state = owner.state_dict()
-            self.average_(_tensors(state))
+        """Average what a hook's ``state_dict`` holds under ``"running"``, see :class:`agm.Hook`."""
+        state = owner.state_dict() if self.size > 1 else {}
+        if running := state.get("running"):
+            self.average_(running.values())
             owner.load_state_dict(state)
 
     def any(self, flag: bool, device: torch.device) -> bool:
@@ -160,11 +160,3 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
-
-
-def _tensors(state: Any) -> list[Tensor]:
-    """The tensors in nested dicts and lists, in their order."""
-    if isinstance(state, Tensor):
-        return [state]
-    inner = state.values() if isinstance(state, dict) else state
-    return [t for v in inner for t in _tensors(v)] if isinstance(state, dict | list | tuple) else []

@@ -41,6 +41,7 @@ from baselines.errors import (
     UnsupportedLayerError,
 )
 from baselines.quantization.batch_norms import with_folded_norms
+from baselines.quantization.copying import channels_last
 from baselines.quantization.graph import check_logits_shape
 from baselines.quantization.policy import BitPolicy, QuantizationConfig, bit_policy
 from baselines.quantization.quantizers import observing, unquantized, weights_quantized_once
@@ -65,7 +66,8 @@ class Method(Protocol):
     (N, C), and ``bns``, a scalar without weight, have. ``labels`` is what the generator's
     ``sample`` gave, for the student's turn perhaps changed by a hook to (N, C) probabilities.
     ``student(images)`` gives logits, differentiable, and is shared with the hooks and the student's
-    turn; in the warm-up its weights alone are quantized, its activations' ranges being unknown.
+    turn, so nobody writes into them; in the warm-up its weights alone are quantized, its
+    activations' ranges being unknown.
     """
 
     def make_generator(
@@ -265,7 +267,7 @@ class Trainer:
             student=student,
         )
         for i, hook in enumerate(() if self.warming_up else self.hooks):
-            name = type(hook).__name__
+            name, version = type(hook).__name__, teacher_logits._version
             term = hook.generator_loss(
                 images=images,
                 teacher_logits=teacher_logits,
@@ -273,6 +275,11 @@ class Trainer:
                 other_terms=total(terms),
             )
             self.ranks.average_state(hook)
+            if teacher_logits._version != version or student.overwritten:
+                raise ConfigError(
+                    f"{name}.generator_loss wrote into the teacher's or the student's logits, from "
+                    "which the student learns; change a copy"
+                )
             if not isinstance(term, Number | Tensor) or getattr(term, "ndim", 0):
                 raise ConfigError(
                     f"{name}.generator_loss must return a scalar, or 0; got {_described(term)}"
@@ -296,6 +303,16 @@ class Trainer:
                     f"(images, labels); got {_described(given)}"
                 )
             batch, labels = given
+            if (
+                batch.shape[1:] != generated.shape[1:]
+                or len(labels) != len(batch)
+                or (batch.dtype != generated.dtype)
+            ):
+                raise ConfigError(
+                    f"{type(hook).__name__}.student_batch must return images as it was given, "
+                    f"{generated.dtype} and (N, {', '.join(map(str, generated.shape[1:]))}), and N "
+                    f"labels; got {batch.dtype} {tuple(batch.shape)} and {len(labels)} labels"
+                )
         if batch is generated and generated._version == version:
             batch = images  # which the student may have seen already
         else:
@@ -349,7 +366,7 @@ class Trainer:
             return network(*inputs)
 
     def _place(self, network: nn.Module) -> nn.Module:
-        return network.to(self.device, torch.float32, memory_format=torch.channels_last)
+        return channels_last(network.to(self.device, torch.float32))
 
     @torch_defaults()
     def sample_latents(self, n: int, seed: int = 0) -> tuple[Any, ...]:
@@ -411,17 +428,29 @@ def _described(value: Any) -> str:
 
 
 class Remembered:
-    """``network``, run once for the same tensor: method, hooks and student share a forward."""
+    """``network``, run once for the same tensor: method, hooks and student share a forward.
+
+    Without gradients it is run as often as it is asked, and nothing is shared.
+    """
 
     def __init__(self, network: Network) -> None:
         self.network = network
         self.images: Tensor | None = None
         self.output: Tensor | None = None
+        self.version = 0
 
     def __call__(self, images: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.network(images)
         if self.output is None or self.images is not images:
             self.images, self.output = images, self.network(images)
+            self.version = self.output._version
         return self.output
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether somebody wrote into the output that all share."""
+        return self.output is not None and self.output._version != self.version
 
 
 def check_hooks(hooks: Sequence[Hook]) -> list[Hook]:

@@ -185,9 +185,36 @@ def test_several_latents_and_a_generator_that_is_no_module():
         return torch.ones(6, 3, 4, 4) * labels.view(-1, 1, 1, 1)
 
     row = DiversityProbe(generator, (z, labels), classifier())()
-    assert seen[0][0] is z
-    assert seen[0][1] is labels
+    assert torch.equal(seen[0][0], z)
+    assert torch.equal(seen[0][1], labels)
     assert set(row) == KEYS
+
+
+def test_latents_that_are_written_to_later_stay_what_they_were():
+    z = latents()
+    probe = DiversityProbe(nn.Sequential(nn.Linear(z.shape[1], 12), nn.Unflatten(1, (3, 2, 2))), z,
+                           nn.Flatten())  # fmt: skip
+    probe()
+    z.normal_()
+    assert probe()["image_movement"] == 0
+
+
+def test_features_are_those_of_the_linear_layer_that_runs_last():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.gate, self.aux = nn.Linear(12, 5), nn.Linear(12, 12), nn.Linear(5, 2)
+
+        def forward(self, x):
+            x = x.flatten(1)
+            return self.fc(x * self.gate(x).sigmoid())
+
+    teacher = Gated()
+    seen = []
+    teacher.fc.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    probe = DiversityProbe(lambda z: z.view(-1, 3, 2, 2), torch.randn(4, 12), teacher)
+    probe()
+    assert torch.equal(probe.features, seen[0])
 
 
 def test_images_changed_in_place_have_moved():

@@ -8,13 +8,22 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from agm import AGM, AgmError, LinearInterpolation
-from baselines import METHODS, RECIPES, Interrupted, load_quantized, quantize, save_quantized
+from baselines import (
+    METHODS,
+    RECIPES,
+    Interrupted,
+    deployed,
+    load_quantized,
+    quantize,
+    save_quantized,
+)
 from baselines.errors import CheckpointError, ConfigError, UnsupportedLayerError
 from baselines.quantization import checkpoint
 from baselines.quantization.student import build_student
@@ -425,6 +434,96 @@ def test_a_checkpoint_is_no_quantized_network(tmp_path):
     interrupted(tmp_path / "run.pt")
     with pytest.raises(CheckpointError, match="not a quantized network"):
         load_quantized(tmp_path / "run.pt", Tiny())
+
+
+def test_a_quantized_network_in_another_architecture(tmp_path):
+    class Scaled(Tiny):
+        def __init__(self, factor=1.0):
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, x):
+            return super().forward(self.factor * x)
+
+    result = run(Scaled(2.0))
+    result.save(tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match=r"is of another network: .* gives other logits"):
+        load_quantized(tmp_path / "net.pt", Scaled())
+    assert torch.equal(load_quantized(tmp_path / "net.pt", Scaled(2.0))(images()),
+                       result.model(images()))  # fmt: skip
+
+
+def test_figures_of_any_kind_of_number(tmp_path):
+    def evaluate(_):
+        return {"accuracy": np.float64(0.5), "loss": torch.tensor(0.25)}
+
+    want = run(evaluate=evaluate)
+    assert {type(value) for row in want.history for value in row.values()} <= {int, float}
+    interrupted(tmp_path / "run.pt", evaluate=evaluate)
+    again = run(evaluate=evaluate, checkpoint_path=tmp_path / "run.pt", resume=True)
+    assert same_result(again, want)
+
+
+@pytest.mark.parametrize("figures", [{"accuracy": 0.5, "step": -5}, {"accuracy": "high"}, {}, None])
+def test_figures_that_are_none(figures):
+    with pytest.raises(ConfigError, match="evaluate must return"):
+        run(evaluate=lambda model: figures)
+
+
+def test_an_evaluation_that_freezes_the_student_changes_nothing():
+    want = run(evaluate=lambda model: 0.5)
+    assert same_result(run(evaluate=lambda m: 0.5 * (m.requires_grad_(False) is m)), want)
+
+
+@pytest.mark.parametrize("what", ["evaluate", "stop", "on_step", "on_policy"])
+def test_what_must_be_a_function(what):
+    with pytest.raises(ConfigError, match=f"{what} must be a function, got 0.5"):
+        run(**{what: 0.5})
+
+
+def test_a_hooks_state_that_could_not_be_read_back_is_told_at_once(tmp_path):
+    class Bank(AGM):
+        def state_dict(self):
+            return {"images": np.zeros(3)}
+
+    with pytest.raises(CheckpointError, match=r"not written, .*a hook's state_dict"):
+        run(hooks=[Bank()], checkpoint_path=tmp_path / "run.pt", checkpoint_every=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_programs_file_is_not_overwritten(tmp_path):
+    path = tmp_path / "teacher.pth"
+    torch.save(Tiny().state_dict(), path)
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="no checkpoint of this program; choose another"):
+        run(checkpoint_path=path, checkpoint_every=2)
+    assert path.read_bytes() == before
+    (tmp_path / "empty.pt").touch()
+    run(checkpoint_path=tmp_path / "empty.pt", checkpoint_every=2)
+
+
+def test_a_caller_under_autocast():
+    want = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run()
+        logits = [deployed(result.model, result.images).eval()(images()) for result in (want, got)]
+    assert same_result(got, want)
+    assert torch.equal(*logits)
+
+
+def test_a_network_with_an_extra_state_and_a_train_that_returns_nothing():
+    class Versioned(nn.Identity):
+        def get_extra_state(self):
+            return {"version": 2}
+
+        def set_extra_state(self, state):
+            pass
+
+    class Silent(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+
+    run(Silent(Versioned(), Tiny()))
 
 
 def test_a_quantized_network_of_another_version(tmp_path):

@@ -206,6 +206,43 @@ def test_a_patched_forward_that_holds_the_network_itself_is_refused():
         check(net)
 
 
+@pytest.mark.parametrize("masked", [-1e4, -1e9])
+def test_a_masked_class_hides_no_difference(masked):
+    class Masked(Tiny):
+        def forward(self, x):
+            y = super().forward(x)
+            return torch.cat([y, y[:, :1] + masked, torch.full_like(y[:, :1], masked)], 1)
+
+    net = Masked()
+    check(net)
+    net.conv1.register_forward_hook(lambda m, i, o: -3 * o)
+    with pytest.raises(UnsupportedLayerError, match="'conv1'"):
+        check(net)
+
+
+def test_tensors_that_the_forward_makes():
+    class Normalised(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.constant0 = "taken"
+
+        def forward(self, x):
+            x = (x - torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)) * torch.full((1, 3, 1, 1), 2.0)
+            return super().forward(x[:, torch.arange(3).flip(0)])
+
+    graph = check(Normalised())
+    assert torch.equal(check(graph)(images()), graph(images()))  # a copy of the copy
+
+
+def test_a_copy_that_knows_one_size_of_batch_alone():
+    class Two(Tiny):
+        def forward(self, x):
+            return super().forward(x.view(2, 3, 8, 8))
+
+    with pytest.raises(UnsupportedLayerError, match=r"not 3 .* a batch of any size"):
+        quantize(Two(), image_size=8, steps=4)
+
+
 def test_a_parallel_networks_module_is_traced():
     check(nn.DataParallel(Tiny()).eval())
 
@@ -450,5 +487,7 @@ def test_another_thread_may_train_meanwhile():
 
 def test_channels_of_the_images():
     assert image_channels(Tiny(channels=1), 8) == 1
+    assert image_channels(nn.Sequential(nn.PixelUnshuffle(2), Tiny(channels=12)), 8) == 3
     assert image_channels(Tiny(channels=5), 8) == 5
-    assert image_channels(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), 8) is None
+    assert image_channels(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), 8) == 3
+    assert image_channels(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), 8) is None

@@ -360,6 +360,62 @@ def test_a_shared_forward_changes_nothing(monkeypatch, method, hooks, recipe):
     assert shared[1] == end
 
 
+@each_method
+@pytest.mark.parametrize("recipe", [{}, QUICK], ids=["paper", "quick"])
+@pytest.mark.parametrize("first", [0, 2], ids=["other images", "the same"])
+def test_a_hook_that_looks_at_the_student_without_gradients_changes_nothing(method, recipe, first):
+    looked = []
+
+    class Look(Hook):
+        def generator_loss(self, *, images, student, **_):
+            if self.looks:
+                with torch.no_grad():
+                    looked.append(student(images if first else images[:2]).requires_grad)
+                    student(images.flip(0))
+            return images.new_zeros(())
+
+    ends = []
+    for looks in (True, False):
+        hook = Look()
+        hook.looks = looks
+        ends.append(outcome(make(method, (hook,), **recipe))[:2])
+    assert ends[0] == ends[1]
+    assert looked == [False] * (STEPS - WARMUP)
+
+
+@each_method
+@pytest.mark.parametrize("whose", ["teacher_logits", "student"])
+@pytest.mark.parametrize("learning", [True, False])
+def test_a_hook_that_writes_into_shared_logits_is_refused(method, whose, learning):
+    class Halve(Hook):
+        def generator_loss(self, *, images, teacher_logits, student, **_):
+            logits = teacher_logits if whose == "teacher_logits" else student(images)
+            with torch.set_grad_enabled(learning):
+                logits /= 2
+            return 0
+
+    trainer = make(method, (Halve(),))
+    train(trainer, WARMUP)
+    before = weights(trainer.generator, trainer.student)
+    with pytest.raises(ConfigError, match=r"Halve.generator_loss wrote into .* change a copy"):
+        trainer.step()
+    assert weights(trainer.generator, trainer.student) == before
+
+
+def test_layers_of_more_dimensions():
+    class Volume(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.conv3 = nn.Conv3d(3, 3, 1)
+            self.register_buffer("grid", torch.zeros(1, 1, 1, 1, 1))
+            fill(self, 0)
+
+        def forward(self, x):
+            return super().forward((self.conv3(x.unsqueeze(2)) + self.grid).squeeze(2))
+
+    train(make(teacher=Volume()))
+
+
 def test_hooks_work_in_order_and_each_of_their_terms_counts():
     first = Hook(lambda x: x + 1, lambda x: 2 * x.mean())
     second = Hook(lambda x: 2 * x, lambda x: 3 * x.mean())
@@ -455,6 +511,9 @@ def test_a_broken_term_of_a_hook(method, value):
         ("student_batch", torch.ones(8, 3, 8, 8), r"return \(images, labels\); got a tensor of"),
         ("student_batch", (None, None), "got a tuple"),
         ("student_batch", None, r"Hook.student_batch .* got None"),
+        ("student_batch", (torch.ones(4, 3, 8, 8), torch.ones(8)), "got .* and 8 labels"),
+        ("student_batch", (torch.ones(4, 1, 8, 8), torch.ones(4)), r"float32 .*\(N, 3, 8, 8\)"),
+        ("student_batch", (torch.ones(4, 3, 8, 8).double(), torch.ones(4)), "got torch.float64"),
     ],
 )
 def test_what_a_hook_must_return(call, value, message):

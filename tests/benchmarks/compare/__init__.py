@@ -46,7 +46,7 @@ def bare():
     return cnn(norm=nn.Identity)
 
 def mlp():
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 8), nn.BatchNorm1d(8), nn.ReLU(),
+    return nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 8), nn.BatchNorm1d(8), nn.ReLU(),
                          nn.Linear(8, 10))
 
 class Pair(nn.Module):
