@@ -81,7 +81,7 @@ def test_distance(fold):
 def test_a_student_that_is_not_rounded_is_at_no_distance(fold):
     teacher, student = both(Deep(), fold)
     layers, x = Layers(teacher, student), images(16, seed=1)
-    with layers.collected(), unquantized(student), torch.no_grad():
+    with layers.collected(), unquantized(student):
         teacher(x)
         student(x)
         assert layers.distance() < 1e-8
