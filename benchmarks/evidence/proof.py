@@ -116,7 +116,11 @@ def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
         for cell in content["cells"]:
             if cell["error"] is None and cell["name"] not in elsewhere:
                 cells[cell["name"]] = {k: v for k, v in cell.items() if k != "policy"} | own
-        known["cells"] = [cells[name] for name in sorted(cells)]
+        used = sorted({cell["source"] for cell in cells.values()})
+        known["sources"] = [sources[i] for i in used]
+        known["cells"] = [
+            cells[name] | {"source": used.index(cells[name]["source"])} for name in sorted(cells)
+        ]
         report.write_json(path, known)
 
 

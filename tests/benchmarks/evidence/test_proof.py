@@ -34,6 +34,7 @@ def cells(tmp_path, grid):
     if not path.exists():
         return {}
     file = json.loads(path.read_text())
+    assert {c["source"] for c in file["cells"]} == set(range(len(file["sources"])))
     return {c["name"]: c | file["sources"][c["source"]] for c in file["cells"]}
 
 
@@ -134,6 +135,7 @@ def test_cells_of_another_recipe_are_trained_again(
     assert proof.missing(argv, proof.setting(GRIDS["a"][0])) == bool(stale)
     assert queue("--grids", "a") == 0  # whose runs of before are in no one's way
     assert not proof.missing(argv, proof.setting(GRIDS["a"][0]))
+    assert len(cells(tmp_path, "a")) == 2
 
 
 def test_a_mistake_ends_the_queue(queue, monkeypatch):
