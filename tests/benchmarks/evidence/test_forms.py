@@ -82,11 +82,9 @@ def test_a_pool_without_an_adversary_leaves_the_generator_alone():
 def test_records(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(teachers.DIGITS_RECIPE, "epochs", 1)
     records = tmp_path / "f.jsonl"
-    short = ["--bits", "2", "--steps", "20", "--batch-size", "16", "--seeds", "2"]
+    short = ["--bits", "2", "--steps", "10", "--batch-size", "8", "--seeds", "1"]
     assert forms.main([*short, "--records", str(records)]) == 0
     rows = [json.loads(line) for line in records.read_text().splitlines()]
-    assert [(row["seed"], row["arm"]) for row in rows] == [
-        (seed, arm) for seed in (0, 1) for arm in forms.ARMS
-    ]
+    assert [row["arm"] for row in rows] == list(forms.ARMS)
     assert all(row["kl_tuning"] > 0 and "accuracy_proof" not in row for row in rows)
-    assert capsys.readouterr().out.count("n=2") == len(forms.ARMS) - 1
+    assert capsys.readouterr().out.count("n=1") == len(forms.ARMS) - 1
