@@ -219,9 +219,9 @@ def load_quantized(path: str | Path, architecture: nn.Module) -> fx.GraphModule:
         raise CheckpointError(
             f"{path} was written by another version of this program ({error}); use that one"
         ) from error
-    model = build_student(traced(architecture, tuple(state["image_shape"])), config)
-    load_matching(model, state["model"], str(path))
     expected, shape = state["logits"], tuple(state["image_shape"])
+    model = build_student(traced(architecture, shape), config)
+    load_matching(model, state["model"], str(path))
     if expected.isfinite().all() and not same(_float_logits(model, shape), expected):
         raise CheckpointError(
             f"{path} is of another network: the architecture has its weights' names and shapes, "

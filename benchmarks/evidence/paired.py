@@ -10,6 +10,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def steps_after_warmup(args: argparse.Namespace, method: str, size: int) -> int:
     """In which the hooks are asked."""
     _, recipe = getattr(METHODS[method], args.recipe)(size)
     given = {"steps": args.steps} if args.steps is not None else {}
-    recipe = recipe.__class__(**vars(recipe) | given)
+    recipe = replace(recipe, **given)
     return recipe.steps - recipe.warmup_steps
 
 
