@@ -13,7 +13,6 @@ batch, labels = hook.student_batch(images=images.detach(), labels=labels)       
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from numbers import Integral
 from typing import Any, Protocol
 
 import torch
@@ -186,7 +185,7 @@ class AGM:
             raise AgmValueError(f"ratio must be finite and > 0, got {ratio!r}")
         if not 0 <= decay < 1:
             raise AgmValueError(f"decay must be in [0, 1), got {decay!r}")
-        if not isinstance(interval, Integral) or interval < 1:
+        if interval < 1 or interval != int(interval):
             raise AgmValueError(f"interval must be a whole number >= 1, got {interval!r}")
         self.discrepancy = resolve_discrepancy(discrepancy)
         self.ratio, self.decay, self.interval = ratio, decay, interval
