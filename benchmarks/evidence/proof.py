@@ -67,6 +67,13 @@ GRIDS = {
     "resnet20-w2a2-1200-gdfq-parts": (f"{CIFAR10} --bits 2 --steps 1200 {PARTS}", 5),
     "digits-w2a2-parts": (f"--bits 2 --baseline all {PARTS}", 10),
     "digits-w3a3": (f"--bits 3 --baseline all {ROOM}", 10),
+    # A published recipe at its whole length.
+    "resnet20-w3a3-published": (
+        f"{CIFAR10} --recipe paper --bits 3 --baseline adadfq --with-agm", 3,
+    ),
+    "cifar100-w3a3-published": (
+        f"{CIFAR100} --recipe paper --bits 3 --baseline adadfq --with-agm", 3,
+    ),
 } | {
     f"{setting}-{method}": (f"{arguments} --baseline {method}", seeds)
     for setting, (arguments, seeds) in SETTINGS.items()
