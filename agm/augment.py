@@ -73,11 +73,9 @@ class LinearInterpolation:
             raise AgmValueError(f"need a batch (N, ...) with N >= 1, got {tuple(images.shape)}")
         n = images.shape[0]
         targets = None if labels is None else _soft_labels(labels, images, num_classes)
-        # Our own draws, which nothing else writes to, need not wait for the device.
-        permutation = torch.randperm(n, generator=self._rng, device="cpu")
-        permutation = permutation.to(images.device, non_blocking=True)
+        permutation = self._permutation(images)
         if weight is None:
-            weight = self._drawn(images)
+            weight = self._weight(images)
         elif not isinstance(weight, Tensor) or not weight.ndim:
             weight = images.new_full((n,), float(weight))
         weight = weight.to(images)
@@ -88,7 +86,13 @@ class LinearInterpolation:
             weight = weight.to(targets).flatten(1).mean(1)
         return mixed, interpolate(targets, permutation, weight)
 
-    def _drawn(self, images: Tensor) -> Tensor:
+    def _permutation(self, images: Tensor) -> Tensor:
+        """pi, (N,), on the images' device."""
+        permutation = torch.randperm(len(images), generator=self._rng, device="cpu")
+        # Our own draws, which nothing else writes to, need not wait for the device.
+        return permutation.to(images.device, non_blocking=True)
+
+    def _weight(self, images: Tensor) -> Tensor:
         """lambda, (N,) or one a pixel, on the images' device."""
         n, size = images.shape[0], images.shape[2:]
         draws: dict[str, Any] = {"generator": self._rng, "dtype": torch.float64, "device": "cpu"}

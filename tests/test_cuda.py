@@ -1,6 +1,7 @@
 """On a GPU: the same results as on the CPU, to rounding, and the same promises."""
 
 import collections
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,3 +117,30 @@ def test_a_loss_that_is_not_finite_is_told_of_with_its_step():
     with pytest.raises(NonFiniteLossError, match=f"step {recipe.warmup_steps + 1}, "):
         collections.deque((trainer.step() for _ in range(100)), maxlen=0)
     assert all(map(torch.equal, kept, trainer.student.parameters()))
+
+
+@pytest.mark.parametrize("hooks", [(), (AGM,)])
+@pytest.mark.parametrize(("method", "recipe"), [("gdfq", "quick"), ("adadfq", "paper")])
+def test_a_step_replayed_as_a_graph_is_that_step(method, recipe, hooks):
+    from benchmarks.evidence.graphed import GraphedTrainer
+
+    losses, runs = [], []
+    for capturing in (False, True):
+        trainer = GraphedTrainer(
+            TEACHER, method=(made := getattr(METHODS[method], recipe)(8))[0],
+            recipe=replace(made[1], steps=120, batch_size=6), config=made[1].config(3, 3),
+            image_shape=(3, 8, 8), hooks=[hook() for hook in hooks], device=DEVICE,
+            precision="fp32",
+        )  # fmt: skip
+        trainer.capturing = capturing
+        losses.append([{k: v.item() for k, v in trainer.step().items()} for _ in range(120)])
+        runs.append(trainer)
+    as_they_are, replayed = runs
+    assert not as_they_are.graphs
+    assert len(replayed.graphs) > 1
+    for a, b in zip(*losses, strict=True):
+        assert b == pytest.approx(a, rel=1e-2, abs=1e-3)
+    for a, b in zip(as_they_are.hooks, replayed.hooks, strict=True):
+        assert (b.turn, b.evaluations) == (a.turn, a.evaluations)
+        of_a, of_b = ({k: v.item() for k, v in hook.running.items()} for hook in (a, b))
+        assert of_b == pytest.approx(of_a, rel=1e-2, abs=1e-3)

@@ -206,13 +206,12 @@ class Trainer:
             NonFiniteLossError: naming the term and its step; all weights are those before that
                 step. On other devices than the CPU it may come some steps late.
         """
-        factor = self.recipe.factor(self.step_count)
         for optimizer in (self.generator_optimizer, self.student_optimizer):
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
+                group["lr"] = group["initial_lr"] * self._factor
         latents, labels = self.generator.sample(self.recipe.batch_size, self.rng)
         latents, labels = tuple(map(self.ranks.part, latents)), self.ranks.part(labels)
-        compare = self._layer_weight > 0 and not self.warming_up
+        compare = self._comparing and not self.warming_up
         with (
             weights_quantized_once(self.student),
             self.compared.collected() if compare else nullcontext(),
@@ -306,12 +305,13 @@ class Trainer:
             if (
                 batch.shape[1:] != generated.shape[1:]
                 or len(labels) != len(batch)
-                or (batch.dtype != generated.dtype)
+                or batch.dtype not in (generated.dtype, torch.float32)
             ):
+                shape = ", ".join(map(str, generated.shape[1:]))
                 raise ConfigError(
                     f"{type(hook).__name__}.student_batch must return images as it was given, "
-                    f"{generated.dtype} and (N, {', '.join(map(str, generated.shape[1:]))}), and N "
-                    f"labels; got {batch.dtype} {tuple(batch.shape)} and {len(labels)} labels"
+                    f"{generated.dtype} or float32 and (N, {shape}), and N labels; got "
+                    f"{batch.dtype} {tuple(batch.shape)} and {len(labels)} labels"
                 )
         if batch is generated and generated._version == version:
             batch = images  # which the student may have seen already
@@ -321,15 +321,20 @@ class Trainer:
         terms = self.method.student_terms(
             student_logits=student(batch), teacher_logits=teacher_logits, labels=labels
         )
-        if self._layer_weight > 0:
-            terms["layers"] = self._layer_weight * self.compared.distance()
+        if self._comparing:
+            weight = self.recipe.layer_weight * self._factor
+            terms["layers"] = weight * self.compared.distance()
         return terms
 
     @property
-    def _layer_weight(self) -> float:
-        """Of the layers' distance in this step; 0 where there is no layer to compare."""
-        weight = self.recipe.layer_weight * self.recipe.factor(self.step_count)
-        return weight if self.compared.names else 0.0
+    def _factor(self) -> float | Tensor:
+        """Of the learning rates and the layers' weight in this step, > 0."""
+        return self.recipe.factor(self.step_count)
+
+    @property
+    def _comparing(self) -> bool:
+        """Whether the student learns from the layers' distance; not where there are none."""
+        return self.recipe.layer_weight > 0 and bool(self.compared.names)
 
     def _shifted(self, images: Tensor) -> Tensor:
         """The images, shifted if the recipe says so."""

@@ -44,9 +44,9 @@ CIFAR100, CIFAR10, IMAGENET = NETWORKS.values()
 SETTINGS = {
     "resnet20-w2a2-1200": (f"{CIFAR10} --bits 2 --steps 1200 {ROOM}", 5),
     "cifar100-w3a3": (f"{CIFAR100} --bits 3 --steps 1200 {ROOM}", 5),
-    "resnet20-w2a2": (f"{CIFAR10} --bits 2 {ROOM}", 3),
+    "resnet20-w2a2": (f"{CIFAR10} --bits 2 {ROOM}", 5),
     "resnet20-w3a3": (f"{CIFAR10} --bits 3 {ROOM}", 5),
-    "resnet20-w4a4": (f"{CIFAR10} --bits 4 {ROOM}", 3),
+    "resnet20-w4a4": (f"{CIFAR10} --bits 4 {ROOM}", 5),
     # The published recipes, their schedule drawn together to a twentieth, all with AdaDFQ's batch.
     "resnet20-w3a3-paper": (
         f"{CIFAR10} --recipe paper --steps 4000 --batch-size 16 --bits 3 --with-agm", 3,
@@ -55,7 +55,9 @@ SETTINGS = {
 # and of grids of one method, or of all.
 GRIDS = {
     "digits-w2a2": (f"--bits 2 --baseline all {ROOM}", 10),
-    "cifar100-w3a3-3600": (f"{CIFAR100} --bits 3 --baseline gdfq --with-real", 3),
+    "cifar100-w3a3-3600": (f"{CIFAR100} --bits 3 --baseline gdfq {ROOM}", 5),
+    "cifar100-w2a2-3600": (f"{CIFAR100} --bits 2 --baseline gdfq {ROOM}", 5),
+    "resnet20-w2a2-7200": (f"{CIFAR10} --bits 2 --steps 7200 --baseline gdfq --with-real", 3),
     "efficientnet-w4a4-gdfq": (f"{IMAGENET} --bits 4 --steps 150 --with-agm", 3),
     "efficientnet-w5a5-gdfq": (f"{IMAGENET} --bits 5 --steps 100 --with-agm", 3),
     "efficientnet-w8a8-gdfq": (f"{IMAGENET} --bits 8 --steps 100 --with-agm", 3),

@@ -527,6 +527,16 @@ def test_what_a_hook_must_return(call, value, message):
     assert weights(trainer.generator, trainer.student) == before
 
 
+def test_a_hook_may_give_float32_images_where_the_generator_gives_bfloat16():
+    hook = Hook(change=lambda images: images.float() + 0.1)
+    trainer = make(hooks=(hook,), precision="bf16")
+    train(trainer, WARMUP)
+    before = weights(trainer.student)
+    train(trainer, 2)
+    assert hook.given[0].dtype == torch.bfloat16
+    assert weights(trainer.student) != before
+
+
 @each_method
 @pytest.mark.parametrize("steps", [0, WARMUP - 1, WARMUP, WARMUP + 2])
 def test_a_broken_teacher(method, steps):
