@@ -137,7 +137,7 @@ def test_a_step_replayed_as_a_graph_is_that_step(method, recipe, hooks):
         runs.append(trainer)
     as_they_are, replayed = runs
     assert not as_they_are.graphs
-    assert len(replayed.graphs) > 1
+    assert replayed.graphs
     for a, b in zip(*losses, strict=True):
         assert b == pytest.approx(a, rel=1e-2, abs=1e-3)
     for a, b in zip(as_they_are.hooks, replayed.hooks, strict=True):
