@@ -155,12 +155,7 @@ class Trainer:
         self.teacher = self._place(folded.requires_grad_(False))
         self.layers = normalising_layers(self.teacher, relative=recipe.relative_bns)
         self.compared = Layers(self.teacher, self.student)
-        self.num_classes = check_logits_shape(reference.logits)
-        if self.num_classes == 1:
-            raise UnsupportedLayerError(
-                "the network gives one logit, of which all methods take the softmax: it is always "
-                "1, and there is nothing to learn from; give it two outputs, 0 and the logit"
-            )
+        self.num_classes = number_of_classes(reference.logits)
         check_batch(recipe.batch_size, image_shape)
         # Seeds the CPU's generator alone: torch.manual_seed would reach every GPU's.
         with GLOBAL_RNG, torch.random.fork_rng(devices=[]):
@@ -473,6 +468,26 @@ def check_hooks(hooks: Sequence[Hook]) -> list[Hook]:
                 "see agm.Hook, or write hooks=[AGM()]"
             )
     return hooks
+
+
+def number_of_classes(logits: Tensor) -> int:
+    """Of (N, C) logits, whose softmax all methods take.
+
+    Raises:
+        UnsupportedLayerError: there is one class alone, or they are a softmax already.
+    """
+    classes = check_logits_shape(logits)
+    if classes == 1:
+        raise UnsupportedLayerError(
+            "the network gives one logit, of which all methods take the softmax: it is always "
+            "1, and there is nothing to learn from; give it two outputs, 0 and the logit"
+        )
+    if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():
+        raise UnsupportedLayerError(
+            "the network gives probabilities: each image's outputs are >= 0 and their sum is 1; "
+            "give it without its last softmax, of which the methods take their own"
+        )
+    return classes
 
 
 def check_batch(batch_size: int, image_shape: tuple[int, int, int]) -> None:

@@ -776,3 +776,9 @@ def test_bad_teachers():
             run(teacher)
     with pytest.raises(UnsupportedLayerError, match=r"one logit.*two outputs"):
         run(Tiny(classes=1))
+
+
+def test_a_last_softmax_is_refused_and_its_logarithm_is_not():
+    with pytest.raises(UnsupportedLayerError, match=r"probabilities.*without its last softmax"):
+        run(nn.Sequential(Tiny(), nn.Softmax(1)))
+    assert run(nn.Sequential(Tiny(), nn.LogSoftmax(1))).history
