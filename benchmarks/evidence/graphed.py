@@ -52,6 +52,7 @@ class GraphedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.capturing = True
         self.factor = torch.ones((), device=self.device)
+        self.sound = torch.zeros((), device=self.device)  # steps before the first unsound loss
         self.seen: Counter[Any] = Counter()
         self.graphs: dict[Any, Graphed] = {}
         for optimizer in (self.generator_optimizer, self.student_optimizer):
@@ -107,11 +108,13 @@ class GraphedTrainer(Trainer):
     def _watch(self, terms: dict[str, Tensor]) -> None:
         values = torch.stack([term.float() for term in terms.values()])
         self.found_inf.copy_(self.found_inf.maximum(values.isfinite().logical_not().any()))
+        self.sound += 1 - self.found_inf
 
     def refuse_non_finite(self) -> None:
         if self.found_inf.item():
             raise NonFiniteLossError(
-                f"seed {self.seed}: a loss was not finite before step {self.step_count}"
+                f"seed {self.seed}: a loss was not finite {self.sound.item():.0f} steps after the "
+                f"start or the last --resume; this is step {self.step_count}"
             )
 
 
