@@ -93,7 +93,7 @@ class AdaDFQ:
 
 
 def paper(image_size: int) -> tuple[AdaDFQ, Recipe]:
-    """The published settings; ImageNet's are those of ResNet-18."""
+    """The published settings, with GDFQ's exceptions; ImageNet's are those of ResNet-18."""
     _, recipe = gdfq.paper(image_size)
     if image_size <= 64:
         return AdaDFQ(), replace(recipe, batch_size=16)

@@ -112,7 +112,7 @@ class Qimera(GDFQ):
 
 
 def paper(image_size: int) -> tuple[Qimera, Recipe]:
-    """The published settings; the optimizers and lengths are GDFQ's."""
+    """The published settings; the optimizers, lengths and exceptions are GDFQ's."""
     method, recipe = gdfq.paper(image_size)
     return _with_losses_of(method), recipe
 

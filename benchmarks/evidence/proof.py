@@ -49,7 +49,7 @@ SETTINGS = {
     "resnet20-w4a4": (f"{CIFAR10} --bits 4 {ROOM}", 5),
     # The published recipes, their schedule drawn together to a twentieth, all with AdaDFQ's batch.
     "resnet20-w3a3-paper": (
-        f"{CIFAR10} --recipe paper --steps 4000 --batch-size 16 --bits 3 --with-agm", 3,
+        f"{CIFAR10} --recipe paper --steps 4000 --batch-size 16 --bits 3 {ROOM}", 5,
     ),
 }  # fmt: skip
 # and of grids of one method, or of all.

@@ -474,8 +474,8 @@ def test_published_constants(module, size, method, recipe):
     losses, plan = module.paper(size)
     assert {k: getattr(losses, k) for k in method} == method
     recipe = {"steps": 400 * 200, "observe_steps": 4 * 200, "warmup_steps": 4 * 200,
-              "student_optimizer": "sgd", "generator_lr": 1e-3, "ste": "identity",
-              "range_estimator": "max"} | recipe  # fmt: skip
+              "student_optimizer": "sgd", "generator_lr": 1e-3, "range_estimator": "max",
+              "ste": "clipped"} | recipe  # fmt: skip
     assert {k: getattr(plan, k) for k in recipe} == recipe
     assert plan.factor(0) == 1
     steps = (350, 400) if (module, size) == (adadfq, 224) else (100, 200, 300, 400)
