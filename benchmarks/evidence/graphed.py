@@ -26,7 +26,7 @@ from torch import Tensor
 from agm import AGM, LinearInterpolation
 from agm.functional import regions
 from baselines import run
-from baselines.errors import NonFiniteLossError
+from baselines.errors import ConfigError, NonFiniteLossError
 from baselines.training.trainer import Trainer
 from benchmarks import compare
 from benchmarks.task.real_images import RealImages
@@ -50,6 +50,11 @@ class GraphedTrainer(Trainer):
         # Not the default stream, on which nothing can be captured.
         torch.cuda.set_stream(torch.cuda.Stream(kwargs.get("device")))
         super().__init__(*args, **kwargs)
+        if any(type(hook) not in (AGM, RealImagesOnDevice) for hook in self.hooks):
+            raise ConfigError(
+                f"only AGM's steps can be replayed, got {self.hooks}: a graph would repeat what "
+                "another hook drew or counted once"
+            )
         self.capturing = True
         self.factor = torch.ones((), device=self.device)
         self.sound = torch.zeros((), device=self.device)  # steps before the first unsound loss
@@ -58,9 +63,9 @@ class GraphedTrainer(Trainer):
         for optimizer in (self.generator_optimizer, self.student_optimizer):
             for group in optimizer.param_groups:
                 group["capturable"] = True
-        for hook in self.hooks:
-            if isinstance(hook, AGM):
-                hook.mix = BoxesOnDevice(self.seed, self.device)
+        self.add_ons = [hook for hook in self.hooks if isinstance(hook, AGM)]
+        for hook in self.add_ons:
+            hook.mix = BoxesOnDevice(self.seed, self.device)
         self.running: list[dict[str, Tensor]] = [{} for _ in self.hooks]
 
     def step(self) -> dict[str, Tensor]:
@@ -82,10 +87,9 @@ class GraphedTrainer(Trainer):
         if self.warming_up:
             observe = self.step_count >= self.recipe.warmup_steps - self.recipe.observe_steps
             return "observing" if observe else "generator"
-        add_ons = [hook for hook in self.hooks if isinstance(hook, AGM)]
         return tuple(
             "mix" if hook.turn % 2 else hook.loss and hook.evaluations % hook.interval == 0
-            for hook in add_ons
+            for hook in self.add_ons
         )
 
     def _whole_step(self) -> dict[str, Tensor]:
@@ -119,38 +123,32 @@ class GraphedTrainer(Trainer):
 
 
 class Graphed:
-    """A step as one CUDA graph, and what it leaves in Python."""
+    """A step as one CUDA graph, and what it counts in Python."""
 
     def __init__(self, trainer: GraphedTrainer) -> None:
-        before = self._counts(trainer)
+        self.counters = [(trainer, "step_count")]
+        self.counters += [
+            (hook, name) for hook in trainer.add_ons for name in ("turn", "evaluations")
+        ]
         self.graph = torch.cuda.CUDAGraph()
         for rng in (trainer.rng, *(getattr(h, "mix", h).rng for h in trainer.hooks)):
             self.graph.register_generator_state(rng)
+        before = [getattr(owner, name) for owner, name in self.counters]
         with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
             self.terms = trainer._whole_step()
-        self.changes = [now - then for now, then in zip(self._counts(trainer), before, strict=True)]
-        self._count(trainer, -1)  # nothing has run yet
+        self.changes = []
+        for (owner, name), count in zip(self.counters, before, strict=True):
+            self.changes.append(getattr(owner, name) - count)
+            setattr(owner, name, count)  # nothing has run yet
         self.gradients = [p.grad for p in trainer.generator.parameters()]
 
     def replay(self, trainer: GraphedTrainer) -> dict[str, Tensor]:
         self.graph.replay()
-        self._count(trainer, 1)
+        for (owner, name), change in zip(self.counters, self.changes, strict=True):
+            setattr(owner, name, getattr(owner, name) + change)
         for p, gradient in zip(trainer.generator.parameters(), self.gradients, strict=True):
             p.grad = gradient
         return self.terms
-
-    @staticmethod
-    def _counts(trainer: GraphedTrainer) -> list[int]:
-        add_ons = [hook for hook in trainer.hooks if isinstance(hook, AGM)]
-        return [trainer.step_count, *(n for hook in add_ons for n in (hook.turn, hook.evaluations))]
-
-    def _count(self, trainer: GraphedTrainer, sign: int) -> None:
-        steps, *of_hooks = self.changes
-        trainer.step_count += sign * steps
-        add_ons = [hook for hook in trainer.hooks if isinstance(hook, AGM)]
-        for hook, turns, evaluations in zip(add_ons, of_hooks[::2], of_hooks[1::2], strict=True):
-            hook.turn += sign * turns
-            hook.evaluations += sign * evaluations
 
 
 class BoxesOnDevice(LinearInterpolation):
