@@ -112,14 +112,14 @@ def quantize(
     """Quantize a trained classifier without data.
 
     ``paper`` trains as the methods' papers say (80,000 steps) and quantizes what comes out of
-    ReLUs; the methods' docstrings name what differs. ``quick`` is ours, for two CPU cores: every
-    tensor that a Conv or Linear reads is quantized, with 8 bits for the image, averages and the
-    last layer's input and ``act_bits`` for the rest; the activations' steps are learned (Esser et
-    al., ICLR 2020), every third layer of the student follows the teacher's, images of 32 pixels and
-    more are shifted, and from 50 classes on the label enters the generator's BatchNorms (but
-    Qimera's). Rates are in steps of quantization, statistics in units of their layer, and large
-    images start from a small grid, so that it suits other networks than it was tuned on (all chosen
-    in ``benchmarks/evidence/results/ablation.md``).
+    ReLUs, with the exceptions that the ``paper`` functions of the methods' files name. ``quick`` is
+    ours, for two CPU cores: every tensor that a Conv or Linear reads is quantized, with 8 bits for
+    the image, averages and the last layer's input and ``act_bits`` for the rest; the activations'
+    steps are learned (Esser et al., ICLR 2020), every third layer of the student follows the
+    teacher's, images of 32 pixels and more are shifted, and from 50 classes on the label enters the
+    generator's BatchNorms (but Qimera's). Rates are in steps of quantization, statistics in units
+    of their layer, and large images start from a small grid, so that it suits other networks than
+    it was tuned on (all chosen in ``benchmarks/evidence/results/ablation.md``).
 
     Args:
         teacher: images (N, C, s, s) -> logits, with BatchNorm, Conv, Linear and ReLU; untouched.

@@ -72,7 +72,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seeds", type=int, default=3, metavar="N", help="how many runs of each (3)")
     add("--first-seed", type=int, default=0, metavar="N", help="(0)")
     add("--recipe", choices=RECIPES, default="quick",
-        help="ours, or as the methods' papers say (quick)")
+        help="ours, or nearly as the methods' papers say (quick)")
     add("--steps", type=int, metavar="N", help="(the recipe's; digits 600)")
     add("--batch-size", type=int, metavar="N", help="in place of the recipe's")
     add("--activations", choices=PLACEMENTS, metavar="WHICH",
@@ -103,9 +103,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if args.parallel:  # each rank would draw the same images
             raise UsageError("--with-real is for runs of one process each: leave --parallel out")
         args.arms.append("real")
-    counts = (args.seeds, args.checkpoint_every, args.eval_every)
-    if any(count is not None and count < 1 for count in counts):
-        raise UsageError("--seeds, --checkpoint-every and --eval-every must be at least 1")
+    for name in ("seeds", "checkpoint_every", "eval_every"):
+        count = getattr(args, name)
+        if count is not None and count < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {count}")
     if not 0 <= args.first_seed < 2**32:
         raise UsageError(f"--first-seed must be in [0, 2^32), got {args.first_seed}")
     if args.resume and args.out is None:

@@ -78,12 +78,8 @@ def difference_text(difference: dict[str, Any]) -> str:
         return "n/a"
     interval = "n/a"
     if difference["low"] is not None:
-        interval = f"[{_signed(difference['low'])}, {_signed(difference['high'])}]"
-    return f"{_signed(difference['mean'])} {interval}, n={difference['n']}"
-
-
-def _signed(value: float) -> str:
-    return f"{round(value, 2) + 0.0:+.2f}"  # -0.0 + 0.0 is 0.0
+        interval = f"[{difference['low']:+.2f}, {difference['high']:+.2f}]"  # -0.00 is below 0
+    return f"{difference['mean']:+.2f} {interval}, n={difference['n']}"
 
 
 def groups(cells: Iterable[Cell]) -> dict[tuple[str, int, int], dict[str, list[Cell]]]:

@@ -120,7 +120,9 @@ def test_a_loss_that_is_not_finite_is_told_of_with_its_step():
 
 
 @pytest.mark.parametrize("hooks", [(), (AGM,)])
-@pytest.mark.parametrize(("method", "recipe"), [("gdfq", "quick"), ("adadfq", "paper")])
+@pytest.mark.parametrize(
+    ("method", "recipe"), [("gdfq", "quick"), ("qimera", "quick"), ("adadfq", "paper")]
+)
 def test_a_step_replayed_as_a_graph_is_that_step(method, recipe, hooks):
     from benchmarks.evidence.graphed import GraphedTrainer
 

@@ -18,7 +18,7 @@ class Recipe:
     """Lengths, rates and the student's quantizers' habits.
 
     Args:
-        steps: generator steps in all.
+        steps: generator steps in all, those of the warm-up and at least one more.
         batch_size: images a step.
         warmup: share of the steps, in [0, 1), in which the generator trains alone.
         observe: share of the steps, the last of the warm-up, in which ranges are observed.
@@ -64,6 +64,11 @@ class Recipe:
             raise ConfigError(
                 "need 0 < observe <= warmup < 1, shares of the steps, "
                 f"got observe={self.observe!r}, warmup={self.warmup!r}"
+            )
+        if self.steps <= self.warmup_steps:
+            raise ConfigError(
+                f"steps={self.steps!r} is all warm-up, in which the generator trains alone; "
+                "choose 2 or more"
             )
         for name in ("student_lr", "generator_lr"):
             if not 0 < getattr(self, name) < math.inf:

@@ -9,6 +9,7 @@ shifts, boxes and real images are drawn on the device, so that a seed gives othe
 compare.py's; and a loss that is not finite is told of at a checkpoint, or at the end.
 """
 
+import functools
 import signal
 import sys
 from collections import Counter
@@ -28,7 +29,8 @@ from agm.functional import regions
 from baselines import run
 from baselines.errors import ConfigError, NonFiniteLossError
 from baselines.training.trainer import Trainer
-from benchmarks import compare
+from benchmarks import command_line, compare
+from benchmarks.errors import UsageError
 from benchmarks.task.real_images import RealImages
 from benchmarks.task.task import Task
 
@@ -47,13 +49,15 @@ class GraphedTrainer(Trainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Not the default stream, on which nothing can be captured.
-        torch.cuda.set_stream(torch.cuda.Stream(kwargs.get("device")))
+        torch.cuda.set_stream(_stream(kwargs["device"]))
         super().__init__(*args, **kwargs)
-        if any(type(hook) not in (AGM, RealImagesOnDevice) for hook in self.hooks):
+        self.add_ons = [hook for hook in self.hooks if type(hook) is AGM]
+        as_made = all(hook.alternate and hook.mix.regions for hook in self.add_ons)
+        real = sum(type(hook) is RealImagesOnDevice for hook in self.hooks)
+        if len(self.add_ons) + real < len(self.hooks) or not as_made:
             raise ConfigError(
-                f"only AGM's steps can be replayed, got {self.hooks}: a graph would repeat what "
-                "another hook drew or counted once"
+                f"AGM's steps alone can be replayed, as it takes its turns by default, got "
+                f"{self.hooks}: a graph would repeat what another hook drew or counted once"
             )
         self.capturing = True
         self.factor = torch.ones((), device=self.device)
@@ -63,7 +67,6 @@ class GraphedTrainer(Trainer):
         for optimizer in (self.generator_optimizer, self.student_optimizer):
             for group in optimizer.param_groups:
                 group["capturable"] = True
-        self.add_ons = [hook for hook in self.hooks if isinstance(hook, AGM)]
         for hook in self.add_ons:
             hook.mix = BoxesOnDevice(self.seed, self.device)
         self.running: list[dict[str, Tensor]] = [{} for _ in self.hooks]
@@ -200,8 +203,17 @@ def shifted_on_device(images: Tensor, rng: torch.Generator) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
+@functools.cache
+def _stream(device: str) -> torch.cuda.Stream:
+    """Not the default one, on which nothing can be captured; one for all, as its memory is."""
+    return torch.cuda.Stream(device)
+
+
 class Comparison(compare.Comparison):
-    """compare.py's, that reports this command."""
+    """compare.py's, that reports this command, and keeps its folders to it."""
+
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {"program": "graphed.py"}
 
     def _command(self) -> str:
         return super()._command().replace("compare.py", "evidence/graphed.py", 1)
@@ -209,9 +221,17 @@ class Comparison(compare.Comparison):
 
 def main(argv: list[str]) -> int:
     """compare.py's exit status."""
+    argv = [*argv, "--jobs", "1"]  # in this process, whose classes are these
+    try:
+        args = command_line.parse(argv)
+        if not args.device.startswith("cuda") or args.parallel:
+            raise UsageError("graphs need --device cuda on a machine with a GPU, and no --parallel")
+    except UsageError as error:
+        print(f"graphed.py: error: {error}", file=sys.stderr)
+        return 2
     run.Trainer, compare.RealImages = GraphedTrainer, RealImagesOnDevice  # type: ignore[misc]
     compare.Comparison = Comparison  # type: ignore[misc]
-    return compare.main([*argv, *(() if "--device" in argv else ("--device", "cuda"))])
+    return compare.main(argv)
 
 
 if __name__ == "__main__":

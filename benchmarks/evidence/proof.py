@@ -1,10 +1,11 @@
 """The proof's queue: every grid for README's table and the record's.
 
     python benchmarks/evidence/proof.py --cifar10 cifar10_resnet20.th cifar10/dev \\
-        --cifar100 cifar100_resnet20.th cifar100/dev --imagenet imagenet/val
+        --cifar100 cifar100_resnet20.th cifar100/dev --imagenet imagenet/samples
 
 Grids whose images are not given are left out. Each seed of a grid is one run of compare.py; its
-finished cells are added to benchmarks/evidence/results/proof/GRID.json. A stopped or killed queue
+finished cells are added to benchmarks/evidence/results/proof/GRID.json, and what is there already
+is not trained again: to see it for oneself, take the file away. A stopped or killed queue
 goes on with the same command, and several may work side by side: each takes the next seed that
 nobody else works on.
 """
@@ -114,6 +115,7 @@ def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
         path = RESULTS / f"{grid}.json"
         elsewhere = present(setting(arguments), but=path)
         known = json.loads(path.read_text()) if path.exists() else {"arguments": arguments}
+        known["arguments"] = arguments
         source = {key: content[key] for key in ("command", "settings", "versions", "machine")}
         sources = known.setdefault("sources", [])
         if source not in sources:
@@ -194,6 +196,7 @@ def main(argv: list[str]) -> int:
         if grid not in left_out
         for seed in range(FIRST_SEED, FIRST_SEED + GRIDS[grid][1])
     ]
+    nothing = True
     for grid, seed in runs:
         arguments = GRIDS[grid][0]
         out = args.out / folder(arguments, seed)
@@ -202,6 +205,7 @@ def main(argv: list[str]) -> int:
         run += judged_on[grid]
         if not missing(run, setting(arguments)):
             continue
+        nothing = False
         with contextlib.ExitStack() as held:
             try:
                 held.enter_context(locked(args.out / ".queues" / out.name))
@@ -215,6 +219,8 @@ def main(argv: list[str]) -> int:
         if status not in (0, 1):
             return status
         worst = max(worst, status)
+    if nothing:
+        print(f"nothing to train: all cells are in {RESULTS}; those taken out are trained anew")
     return worst
 
 

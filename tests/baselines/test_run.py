@@ -205,7 +205,9 @@ def test_an_evaluation_may_give_several_figures():
 
 
 def test_the_shortest_runs():
-    for steps in (1, 2, 3):
+    with pytest.raises(ConfigError, match=r"steps=1 is all warm-up.*2 or more"):
+        run(steps=1)
+    for steps in (2, 3):
         evaluate = Accuracy()
         result = run(steps=steps, evaluate=evaluate)
         assert result.history[-1]["step"] == steps

@@ -496,10 +496,10 @@ def test_a_shorter_run_keeps_the_proportions(module, steps):
 
 @pytest.mark.parametrize("recipe", ["paper", "quick"])
 @pytest.mark.parametrize("module", METHODS.values(), ids=METHODS)
-@given(steps=st.integers(1, 5000))
+@given(steps=st.integers(2, 5000))
 def test_schedules(module, recipe, steps):
     plan = replace(getattr(module, recipe)(32)[1], steps=steps)
-    assert 1 <= plan.observe_steps <= plan.warmup_steps <= steps
+    assert 1 <= plan.observe_steps <= plan.warmup_steps < steps
     for schedule in ("steps", "cosine", "constant"):
         plan = replace(plan, schedule=schedule)
         factors = [plan.factor(step) for step in range(0, steps, 1 + steps // 50)]
