@@ -75,6 +75,7 @@ RESULTS = (
     "accuracy_proof", "seconds", "steps_per_s", "checkpoint",
     "onnx", "onnx_bytes", "onnx_times_smaller", "onnx_layers", "onnx_integer_layers",
 )  # fmt: skip
+PROGRAM = "compare.py"
 # In the output folder: who works on which cell, and which ones failed under torchrun.
 CLAIMS = ".claims"
 

@@ -36,6 +36,7 @@ from benchmarks.task.task import Task
 
 # Steps of a kind before it is captured: they make what lasts, such as the optimizers' state.
 EAGER = 3
+PROGRAM = "evidence/graphed.py"
 
 
 class GraphedTrainer(Trainer):
@@ -213,10 +214,10 @@ class Comparison(compare.Comparison):
     """compare.py's, that reports this command, and keeps its folders to it."""
 
     def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {"program": "graphed.py"}
+        return super()._settings() | {"program": PROGRAM}
 
     def _command(self) -> str:
-        return super()._command().replace("compare.py", "evidence/graphed.py", 1)
+        return super()._command().replace(compare.PROGRAM, PROGRAM, 1)
 
 
 def main(argv: list[str]) -> int:

@@ -28,6 +28,7 @@ from agm import AgmError
 from baselines import METHODS
 from benchmarks import command_line, compare, report
 from benchmarks.errors import UsageError
+from benchmarks.evidence import graphed
 from benchmarks.process import locked
 
 RESULTS = Path(__file__).parent / "results" / "proof"
@@ -67,6 +68,7 @@ GRIDS = {
     "digits-w2a2-adadfq": ("--bits 2 --baseline adadfq --with-agm", 30),
     "digits-w2a2-adadfq-equal-time": ("--bits 2 --baseline adadfq --steps 660", 30),
     "resnet20-w2a2-1200-gdfq-equal-time": (f"{CIFAR10} --bits 2 --steps 1440", 5),
+    "resnet20-w2a2-gdfq-equal-time": (f"{CIFAR10} --bits 2 --steps 3960", 5),
     "resnet20-w2a2-1200-gdfq-parts": (f"{CIFAR10} --bits 2 --steps 1200 {PARTS}", 5),
     "digits-w2a2-parts": (f"--bits 2 --baseline all {PARTS}", 10),
     "digits-w3a3": (f"--bits 3 --baseline all {ROOM}", 10),
@@ -172,6 +174,13 @@ def is_present(cell: dict[str, Any], file: dict[str, Any]) -> bool:
     return all(settings["constants"][name] == now[name] for name in used)
 
 
+def made_by(grid: str) -> set[str]:
+    """The programs that made a grid's cells, whose draws differ: pairs are of one program."""
+    path = RESULTS / f"{grid}.json"
+    sources = json.loads(path.read_text())["sources"] if path.exists() else []
+    return {source["settings"].get("program", compare.PROGRAM) for source in sources}
+
+
 def main(argv: list[str]) -> int:
     """Exit status 0, 1 if a cell failed, 2 for a user's mistake, 130 or 143 if stopped."""
     parser = argparse.ArgumentParser(
@@ -184,6 +193,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--grids", nargs="+", choices=GRIDS, default=list(GRIDS), metavar="GRID",
                         help=f"default: all of {', '.join(GRIDS)}")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/proof"))
+    parser.add_argument("--graphed", action="store_true",
+                        help="on a GPU, by graphed.py in place of compare.py")  # fmt: skip
     args = parser.parse_args(argv)
     worst = 0
     judged_on = {grid: images(GRIDS[grid][0], args) for grid in args.grids}
@@ -196,7 +207,7 @@ def main(argv: list[str]) -> int:
         if grid not in left_out
         for seed in range(FIRST_SEED, FIRST_SEED + GRIDS[grid][1])
     ]
-    nothing = True
+    nothing, program = True, graphed if args.graphed else compare
     for grid, seed in runs:
         arguments = GRIDS[grid][0]
         out = args.out / folder(arguments, seed)
@@ -206,6 +217,9 @@ def main(argv: list[str]) -> int:
         if not missing(run, setting(arguments)):
             continue
         nothing = False
+        if made_by(grid) - {program.PROGRAM}:
+            print(f"{grid}: left as it is, since {', '.join(made_by(grid))} made its other cells")
+            continue
         with contextlib.ExitStack() as held:
             try:
                 held.enter_context(locked(args.out / ".queues" / out.name))
@@ -213,7 +227,7 @@ def main(argv: list[str]) -> int:
                 print(f"{out}: another queue works on it", flush=True)
                 continue
             resume = ["--resume"] if (out / "settings.json").exists() else []
-            status = compare.main([*run, *resume])
+            status = program.main([*run, *resume])
             if (out / "report.json").exists():
                 merge(grid, arguments, json.loads((out / "report.json").read_text()))
         if status not in (0, 1):

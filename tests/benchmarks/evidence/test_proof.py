@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from agm import AGM
 from baselines.methods import adadfq, gdfq
 from benchmarks import command_line, compare
-from benchmarks.evidence import proof
+from benchmarks.evidence import graphed, proof
 from benchmarks.process import locked
 from benchmarks.task.task import halves
 
@@ -138,6 +138,23 @@ def test_cells_of_another_recipe_are_trained_again(
     assert queue("--grids", "a") == 0  # whose runs of before are in no one's way
     assert not proof.missing(argv, proof.setting(GRIDS["a"][0]))
     assert len(cells(tmp_path, "a")) == 2
+
+
+def test_a_grid_is_all_of_one_program(queue, tmp_path, monkeypatch, capsys):
+    runs = []
+    for program in (compare, graphed):
+        monkeypatch.setattr(
+            program, "main", lambda argv, name=program.PROGRAM: runs.append(name) or 0
+        )
+    (tmp_path / "results").mkdir()
+    source = {"settings": {"program": graphed.PROGRAM}}
+    begun = {"arguments": GRIDS["b"][0], "sources": [source], "cells": []}
+    (tmp_path / "results" / "b.json").write_text(json.dumps(begun))
+    assert queue() == 0
+    assert runs == [compare.PROGRAM] * 2  # grid a's
+    assert "b: left as it is, since evidence/graphed.py made" in capsys.readouterr().out
+    assert queue("--graphed") == 0
+    assert runs[2:] == [graphed.PROGRAM] * 3
 
 
 def test_a_mistake_ends_the_queue(queue, monkeypatch):
