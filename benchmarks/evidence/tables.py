@@ -49,7 +49,7 @@ SETTINGS = {
     "efficientnet_lite0-100": "EfficientNet-Lite0, 100 steps, {}",
     "resnet20": "ResNet-20 {}",
     "resnet20-3960": "ResNet-20, equal time, {}",
-    "resnet20-paper-4000": "ResNet-20, published recipe, {}",
+    "resnet20-paper-4000": "ResNet-20, published recipe, 4,000 steps, {}",
     "digits-600": "digits {}",
     "digits-660": "digits, equal time, {}",
 }
