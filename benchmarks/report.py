@@ -78,8 +78,13 @@ def difference_text(difference: dict[str, Any]) -> str:
         return "n/a"
     interval = "n/a"
     if difference["low"] is not None:
-        interval = f"[{difference['low']:+.2f}, {difference['high']:+.2f}]"  # -0.00 is below 0
-    return f"{difference['mean']:+.2f} {interval}, n={difference['n']}"
+        interval = f"[{_signed(difference['low'])}, {_signed(difference['high'])}]"
+    return f"{_signed(difference['mean'])} {interval}, n={difference['n']}"
+
+
+def _signed(value: float) -> str:
+    """-0.00 is below 0; what is 0 to rounding is +0.00."""
+    return f"{round(value, 9) + 0.0:+.2f}"
 
 
 def groups(cells: Iterable[Cell]) -> dict[tuple[str, int, int], dict[str, list[Cell]]]:

@@ -175,10 +175,15 @@ def is_present(cell: dict[str, Any], file: dict[str, Any]) -> bool:
 
 
 def made_by(grid: str) -> set[str]:
-    """The programs that made a grid's cells, whose draws differ: pairs are of one program."""
-    path = RESULTS / f"{grid}.json"
-    sources = json.loads(path.read_text())["sources"] if path.exists() else []
-    return {source["settings"].get("program", compare.PROGRAM) for source in sources}
+    """The programs that made a grid's cells and those it is set against: pairs are of one."""
+    partner = grid.removesuffix("-equal-time").removesuffix("-parts")
+    paths = [RESULTS / f"{name}.json" for name in {grid, partner}]
+    files = [json.loads(path.read_text()) for path in paths if path.exists()]
+    return {
+        source["settings"].get("program", compare.PROGRAM)
+        for file in files
+        for source in file["sources"]
+    }
 
 
 def main(argv: list[str]) -> int:

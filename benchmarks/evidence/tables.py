@@ -57,6 +57,17 @@ SETTINGS = {
 # bring a point, at 4 full precision is a point above.
 SHOWN = ("resnet20", "resnet20-100", "resnet20-1200", "digits-600")
 LITTLE_ROOM = ("ResNet-20 W3A3", "ResNet-20 W4A4")
+# Rows whose pairs are put together, beside those of one setting's methods.
+AT_W2A2 = ("ResNet-20 W2A2 GDFQ", "ResNet-20, 1,200 steps, W2A2 GDFQ")
+POOLED = {
+    "ResNet-20, W2A2 GDFQ, both lengths": AT_W2A2,
+    "ResNet-20, W2A2, both lengths, all methods": (
+        *AT_W2A2, "ResNet-20, 1,200 steps, W2A2 Qimera", "ResNet-20, 1,200 steps, W2A2 AdaDFQ",
+    ),
+    "ResNet-20, default length, GDFQ at W2A2, W4A4 and CIFAR-100's W3A3": (
+        "ResNet-20 W2A2 GDFQ", "ResNet-20 W4A4 GDFQ", "ResNet-20, CIFAR-100, W3A3 GDFQ",
+    ),
+}  # fmt: skip
 Row = tuple[str, dict[str, list[Cell]]]
 
 
@@ -130,13 +141,24 @@ def proof_table(rows: list[Row]) -> str:
     Below several methods of one setting, all their pairs together. n: seeds of the baseline, then
     pairs of each arm.
     """
+    return _proof_lines(_with_all_together(rows))
+
+
+def pooled_table(rows: list[Row]) -> str:
+    """As :func:`proof_table`, of the pairs of several rows together."""
+    arms = dict(rows)
+    return _proof_lines(
+        (name, [arms[title] for title in titles]) for name, titles in POOLED.items()
+    )
+
+
+def _proof_lines(rows: Iterable[tuple[str, list[dict[str, list[Cell]]]]]) -> str:
     lines = [
         "| | baseline, all images % | proof half % | + loss | + interpolation | **+ both** "
         "| real images | n |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    lines += [_proof_line(title, methods) for title, methods in _with_all_together(rows)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(_proof_line(title, methods) for title, methods in rows)])
 
 
 def _with_all_together(rows: list[Row]) -> Iterator[tuple[str, list[dict[str, list[Cell]]]]]:
@@ -322,6 +344,7 @@ def tables() -> dict[Path, dict[str, str]]:
         README: {"room": room_table(shown) + earlier(PROOF)},
         RECORD: {
             "proof": proof_table(proof_rows(PROOF)),
+            "pooled": pooled_table(proof_rows(PROOF)),
             "controls": controls_table(RESULTS / "controls.jsonl", proof_rows(PROOF)),
             "earlier": proof_table(proof_rows(EARLIER)),
             "deployed": deployed_table(RESULTS / "deployed.json"),

@@ -153,8 +153,11 @@ def test_a_grid_is_all_of_one_program(queue, tmp_path, monkeypatch, capsys):
     assert queue() == 0
     assert runs == [compare.PROGRAM] * 2  # grid a's
     assert "b: left as it is, since evidence/graphed.py made" in capsys.readouterr().out
+    monkeypatch.setitem(GRIDS, "b-equal-time", (GRIDS["b"][0].replace("4", "5"), 1))
+    assert queue("--grids", "b-equal-time") == 0
+    assert runs[2:] == []
     assert queue("--graphed") == 0
-    assert runs[2:] == [graphed.PROGRAM] * 3
+    assert runs[2:] == [graphed.PROGRAM] * 4
 
 
 def test_a_mistake_ends_the_queue(queue, monkeypatch):
