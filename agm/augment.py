@@ -1,12 +1,13 @@
 """Linear interpolation of synthetic images."""
 
+import operator
 from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agm.errors import AgmValueError, check_state
+from agm.errors import AgmValueError, check_argument, check_state
 from agm.functional import interpolate, regions
 
 
@@ -24,11 +25,15 @@ class LinearInterpolation:
         seed: of that generator (default 0).
         regions: mix a box of the image in place of all of it (default False).
 
+    Raises:
+        AgmValueError: ``seed`` is not a whole number.
+
     Source: Luo et al., IEEE TCSVT 2024, doi 10.1109/TCSVT.2024.3399311 (the idea); the boxes are
     those of Yun et al., "CutMix", ICCV 2019.
     """
 
     def __init__(self, *, seed: int = 0, regions: bool = False) -> None:
+        check_argument("seed", seed, "a whole number", lambda x: operator.index(x) == x)
         self._rng = torch.Generator("cpu").manual_seed(seed)
         self.regions = regions
 

@@ -1,5 +1,6 @@
 """Named errors: what was received, what was expected, what to do."""
 
+from collections.abc import Callable
 from typing import Any
 
 
@@ -9,6 +10,16 @@ class AgmError(Exception):
 
 class AgmValueError(AgmError, ValueError):
     """An argument has a wrong value, shape or type."""
+
+
+def check_argument(name: str, value: Any, wanted: str, valid: Callable[[Any], bool]) -> None:
+    """Raise :class:`AgmValueError` unless ``valid(value)``, also where its type cannot be asked."""
+    try:
+        accepted = valid(value)
+    except (TypeError, ValueError):
+        accepted = False
+    if not accepted:
+        raise AgmValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 def check_state(owner: object, state: dict[str, Any], *names: str) -> None:

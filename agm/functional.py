@@ -120,7 +120,7 @@ def resolve_discrepancy(discrepancy: str | Discrepancy) -> Discrepancy:
     """
     if callable(discrepancy):
         return discrepancy
-    if discrepancy not in DISCREPANCIES:
+    if not isinstance(discrepancy, str) or discrepancy not in DISCREPANCIES:
         raise AgmValueError(
             f"unknown discrepancy {discrepancy!r}; "
             f"choose one of {', '.join(DISCREPANCIES)} or pass a callable"

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import CheckpointFunction
 
 from agm.augment import LinearInterpolation
-from agm.errors import AgmValueError, check_state
+from agm.errors import AgmValueError, check_argument, check_state
 from agm.functional import (
     Discrepancy,
     at_least_float32,
@@ -181,12 +181,11 @@ class AGM:
         regions: bool = True,
         seed: int = 0,
     ) -> None:
-        if not 0 < ratio < math.inf:
-            raise AgmValueError(f"ratio must be finite and > 0, got {ratio!r}")
-        if not 0 <= decay < 1:
-            raise AgmValueError(f"decay must be in [0, 1), got {decay!r}")
-        if interval < 1 or interval != int(interval):
-            raise AgmValueError(f"interval must be a whole number >= 1, got {interval!r}")
+        check_argument("ratio", ratio, "finite and > 0", lambda x: 0 < x < math.inf)
+        check_argument("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
+        check_argument(
+            "interval", interval, "a whole number >= 1", lambda x: x >= 1 and x == int(x)
+        )
         self.discrepancy = resolve_discrepancy(discrepancy)
         self.ratio, self.decay, self.interval = ratio, decay, interval
         self.loss, self.interpolation, self.alternate = loss, interpolation, alternate

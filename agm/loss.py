@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from agm.errors import AgmValueError
+from agm.errors import AgmValueError, check_argument
 from agm.functional import (
     Discrepancy,
     expected_margin,
@@ -48,14 +48,14 @@ class GaussianMarginLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        if not math.isfinite(mean):
-            raise AgmValueError(f"mean must be finite, got {mean!r}")
-        if not (math.isfinite(std) and std >= 0):
-            raise AgmValueError(f"std must be finite and >= 0, got {std!r}")
-        if mode not in ("expected", "sampled"):
-            raise AgmValueError(f"mode must be 'expected' or 'sampled', got {mode!r}")
-        if reduction not in ("mean", "sum", "none"):
-            raise AgmValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        check_argument("mean", mean, "finite", math.isfinite)
+        check_argument("std", std, "finite and >= 0", lambda x: 0 <= x < math.inf)
+        check_argument(
+            "mode", mode, "'expected' or 'sampled'", ("expected", "sampled").__contains__
+        )
+        check_argument(
+            "reduction", reduction, "'mean', 'sum' or 'none'", ("mean", "sum", "none").__contains__
+        )
         self.mean, self.std, self.mode, self.reduction = mean, std, mode, reduction
         self.discrepancy = resolve_discrepancy(discrepancy)
 

@@ -474,7 +474,7 @@ def number_of_classes(logits: Tensor) -> int:
     """Of (N, C) logits, whose softmax all methods take.
 
     Raises:
-        UnsupportedLayerError: there is one class alone, or they are a softmax already.
+        UnsupportedLayerError: there is one class alone, or they are probabilities already.
     """
     classes = check_logits_shape(logits)
     if classes == 1:
@@ -482,10 +482,10 @@ def number_of_classes(logits: Tensor) -> int:
             "the network gives one logit, of which all methods take the softmax: it is always "
             "1, and there is nothing to learn from; give it two outputs, 0 and the logit"
         )
-    if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():
+    if ((logits >= 0) & (logits <= 1)).all() and logits.any():
         raise UnsupportedLayerError(
-            "the network gives probabilities: each image's outputs are >= 0 and their sum is 1; "
-            "give it without its last softmax, of which the methods take their own"
+            "the network gives probabilities: all its outputs lie between 0 and 1; give it without "
+            "its last softmax or sigmoid, since the methods take the softmax themselves"
         )
     return classes
 

@@ -775,6 +775,11 @@ def test_integer_labels_before_any_logits_are_a_named_error():
         ({"decay": -0.1}, "decay.*got -0.1"),
         ({"decay": float("nan")}, "decay.*got nan"),
         ({"interval": 0}, "interval.*got 0"),
+        ({"ratio": "0.2"}, "ratio.*got '0.2'"),
+        ({"decay": None}, "decay.*got None"),
+        ({"interval": "ten"}, "interval.*got 'ten'"),
+        ({"seed": 1.5}, "seed.*got 1.5"),
+        ({"discrepancy": []}, r"\[\].*total_variation"),
         ({"discrepancy": "l2"}, "'l2'.*total_variation"),
     ],
 )

@@ -780,7 +780,8 @@ def test_bad_teachers():
         run(Tiny(classes=1))
 
 
-def test_a_last_softmax_is_refused_and_its_logarithm_is_not():
+@pytest.mark.parametrize("last", [nn.Softmax(1), nn.Sigmoid(), nn.Hardsigmoid()])
+def test_probabilities_are_refused_and_their_logarithm_is_not(last):
     with pytest.raises(UnsupportedLayerError, match=r"probabilities.*without its last softmax"):
-        run(nn.Sequential(Tiny(), nn.Softmax(1)))
+        run(nn.Sequential(Tiny(), last))
     assert run(nn.Sequential(Tiny(), nn.LogSoftmax(1))).history
