@@ -138,14 +138,14 @@ def _room_line(title: str, arms: dict[str, list[Cell]]) -> str:
 def proof_table(rows: list[Row]) -> str:
     """Accuracy of the baseline and each arm's paired difference to it, as Markdown.
 
-    Below several methods of one setting, all their pairs together. n: seeds of the baseline, then
-    pairs of each arm.
+    Below several methods of one setting, all of them together. n: seeds of the baseline, then of
+    each arm's pairs.
     """
     return _proof_lines(_with_all_together(rows))
 
 
 def pooled_table(rows: list[Row]) -> str:
-    """As :func:`proof_table`, of the pairs of several rows together."""
+    """As :func:`proof_table`, of several rows together."""
     arms = dict(rows)
     return _proof_lines(
         (name, [arms[title] for title in titles]) for name, titles in POOLED.items()
@@ -171,24 +171,34 @@ def _with_all_together(rows: list[Row]) -> Iterator[tuple[str, list[dict[str, li
 
 
 def _proof_line(title: str, methods: list[dict[str, list[Cell]]]) -> str:
-    base, everywhere = (_runs(methods, "none", f"accuracy_{of}") for of in ("proof", "last"))
-    means = [report.mean_std(list(v.values())) for v in (everywhere, base)]
-    line = [title, *(means if len(methods) == 1 else ["", ""])]
-    counts = [str(len(base))]
+    line, counts = [title, "", ""], []
+    bases = [report.by_seed(arms["none"], "accuracy_proof") for arms in methods]
+    if len(methods) == 1:
+        everywhere = report.by_seed(methods[0]["none"], "accuracy_last")
+        line[1:] = [report.mean_std(list(runs.values())) for runs in (everywhere, bases[0])]
+    counts.append(str(len(set().union(*bases))))
     for arm in report.ARMS[1:]:
-        last = _runs(methods, arm, "accuracy_proof")
-        if len(methods) > 1 and len({i for i, _ in last}) < 2:
-            last = {}  # nothing to put together
-        text, _, n = report.difference_text(report.paired_difference(base, last)).rpartition(", n=")
-        line.append(text if last else "")
-        counts += [n] if last else []
+        others = [report.by_seed(arms.get(arm, []), "accuracy_proof") for arms in methods]
+        if len(methods) > 1 and sum(map(bool, others)) < 2:
+            others = []  # nothing to put together
+        text, n = _difference(list(zip(bases, others, strict=False)))
+        line.append(text)
+        counts += [str(n)] if n else []
     return "| " + " | ".join([*line, ", ".join(counts)]) + " |"
 
 
-def _runs(methods: list[dict[str, list[Cell]]], arm: str, key: str) -> dict[Any, float]:
-    """A figure of an arm, by method and seed."""
-    found = [report.by_seed(arms.get(arm, []), key) for arms in methods]
-    return {(i, seed): v for i, by_seed in enumerate(found) for seed, v in by_seed.items()}
+def _difference(pairs: list[tuple[dict[int, float], dict[int, float]]]) -> tuple[str, int]:
+    """The paired difference and its n, "" and 0 if there is none.
+
+    Of several pairs of arms a seed's is their mean: one seed's runs are not independent.
+    """
+    found: dict[int, list[float]] = {}
+    for base, other in pairs:
+        for seed in base.keys() & other.keys():
+            found.setdefault(seed, []).append(other[seed] - base[seed])
+    means = {seed: sum(values) / len(values) for seed, values in found.items()}
+    difference = report.paired_difference(dict.fromkeys(means, 0.0), means)
+    return report.difference_text(difference).rpartition(", n=")[0], len(means)
 
 
 def controls_table(records: Path, rows: list[Row]) -> str:
