@@ -55,7 +55,7 @@ def finished(cache, tmp_path_factory):
 
 
 @pytest.fixture
-def copied(finished, home):
+def copied(finished, home, exports):
     """A copy of the finished run in the current directory, and its command line."""
     shutil.copytree(finished[0], home / "run")
     return home / "run", finished[1]

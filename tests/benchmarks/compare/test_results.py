@@ -102,6 +102,7 @@ def test_what_is_printed(finished):
     assert text.splitlines()[-1] == f"Reproduce: {command}"
 
 
+@pytest.mark.usefixtures("exports")
 def test_the_printed_command_reproduces_the_run(finished, home):
     python, script, *argv = shlex.split(load(finished[0])["command"])
     assert (python, script) == ("python", "benchmarks/compare.py")
@@ -143,6 +144,7 @@ def test_the_baseline_alone_and_one_seed(monkeypatch):
     assert row in ok(*BRIEF3, "--first-seed", 7, "--out", "run", "--resume")
 
 
+@pytest.mark.usefixtures("exports")
 def test_without_onnx_one_line_says_so(monkeypatch):
     find_spec = export.find_spec
     monkeypatch.setattr(
@@ -262,6 +264,7 @@ def test_a_long_evaluation_shows_its_progress(monkeypatch, patience, shown):
     assert ("evaluating: " in text) == shown
 
 
+@pytest.mark.usefixtures("exports")
 def test_why_there_is_no_file_of_integers_is_told_once(monkeypatch):
     def missing(*_, **__):
         raise ExportError("an ONNX file needs onnx, which is missing")
