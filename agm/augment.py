@@ -26,15 +26,16 @@ class LinearInterpolation:
         regions: mix a box of the image in place of all of it (default False).
 
     Raises:
-        AgmValueError: ``seed`` is not a whole number.
+        AgmValueError: ``seed`` is not a whole number in [-2^63, 2^64).
 
     Source: Luo et al., IEEE TCSVT 2024, doi 10.1109/TCSVT.2024.3399311 (the idea); the boxes are
     those of Yun et al., "CutMix", ICCV 2019.
     """
 
     def __init__(self, *, seed: int = 0, regions: bool = False) -> None:
-        check_argument("seed", seed, "a whole number", lambda x: operator.index(x) == x)
-        self._rng = torch.Generator("cpu").manual_seed(seed)
+        wanted = "a whole number, at least -2^63 and below 2^64"
+        check_argument("seed", seed, wanted, lambda x: -(2**63) <= operator.index(x) < 2**64)
+        self._rng = torch.Generator("cpu").manual_seed(operator.index(seed))
         self.regions = regions
 
     @overload

@@ -33,6 +33,7 @@ from agm.functional import (
 )
 
 Network = Callable[[Tensor], Tensor]
+ACTIVE = 0.1  # mean Phi(z) of a batch from which on its gradient's norm is taken for the usual one
 
 
 @contextmanager
@@ -126,7 +127,9 @@ class AGM:
     * mean and std follow d itself: running averages of its batch mean and batch variance;
     * weight holds the norm of this term's gradient at the images at ``ratio`` times that of the
       generator's other terms. It is measured every ``interval`` evaluations (two extra backward
-      passes to the images) and averaged; without ``other_terms`` it stays 1.
+      passes to the images) and averaged; without ``other_terms`` it stays 1. Not measured where the
+      margin hardly acts (a batch's mean Phi(z) below 0.1, as when d has just risen), since there
+      the term has next to no gradient.
 
     The student's batch is interpolated (:class:`agm.LinearInterpolation`), by default in one region
     of each image; the trainer then asks the teacher about the new images.
@@ -136,7 +139,8 @@ class AGM:
     learns from these images as they are. A turn is what lies between two changes from
     :meth:`student_batch` back to :meth:`generator_loss`: a step, however many micro-batches each
     of the two accumulates gradients over, or a micro-batch where the two are called in pairs, so
-    that a step has both. Where :meth:`student_batch` is never called, all turns are the loss's.
+    that a step has both. Where :meth:`student_batch` is never called, all turns are the loss's; a
+    trainer that first trains the generator and then the student needs ``alternate=False``.
 
     Args:
         loss, interpolation: switch either part off (default: both on).
@@ -265,8 +269,11 @@ class AGM:
                 _check_graph("other_terms", other_terms, images)
                 half = _in_float16(images, teacher_logits, student_logits)
                 weight = self._balance(term, other_terms, images, 2.0**16 if half else 1.0)
-                self._follow(running, weight=weight)
-            loss = term * running.get("weight", 1.0)
+                self._follow(running, weight=weight.where(below.mean() >= ACTIVE, torch.nan))
+            loss = term
+            if "weight" in running:
+                weight = running["weight"].to(term)
+                loss = term * weight.where(weight.isfinite(), 1.0)
             evaluations += 1
         if learning:
             self.running, self.num_classes = running, teacher_logits.shape[1]
@@ -346,7 +353,7 @@ class AGM:
         )
 
     def _balance(self, term: Tensor, other_terms: Tensor, images: Tensor, scale: float) -> Tensor:
-        """The weight that holds the gradients' norms at the images in ``ratio``."""
+        """The weight that holds the gradients' norms at the images in ``ratio``, now."""
         try:
             ours, theirs = (_gradient_norm(t, images, scale) for t in (term, other_terms))
         except torch.OutOfMemoryError:
@@ -358,9 +365,7 @@ class AGM:
                 "use_reentrant=False, and frozen_parameters(student) around generator_loss and "
                 f"backward ({error})"
             ) from error
-        old = self.running.get("weight", torch.ones_like(ours))
-        weight = self.ratio * theirs / ours
-        return torch.where(weight.isfinite(), weight, old.to(weight))
+        return self.ratio * theirs / ours
 
 
 def _check_graph(what: str, value: Tensor, images: Tensor, *, whole: bool = True) -> None:
@@ -369,6 +374,8 @@ def _check_graph(what: str, value: Tensor, images: Tensor, *, whole: bool = True
     Args:
         whole: follow it; else see only whether there is one.
     """
+    if not isinstance(value, Tensor):
+        raise AgmValueError(f"{what} must be a tensor, got {value!r}")
     if not images.requires_grad:
         raise AgmValueError(
             "images carry no graph: pass the generator's output itself, not a detached copy"
@@ -395,7 +402,8 @@ def _graph(value: Tensor, goal: Node) -> Iterator[Node]:
 
 def _check_recomputation(student: nn.Module, logits: Tensor, images: Tensor) -> None:
     """Raise :class:`AgmValueError` if ``backward`` would run parts of the student unfrozen."""
-    nodes = _graph(logits, get_gradient_edge(images).node)
+    goal = get_gradient_edge(images).node  # which may be the generator's own checkpoint
+    nodes = (node for node in _graph(logits, goal) if node is not goal)
     name = f"{CheckpointFunction.__name__}Backward"
     if any(p.requires_grad for p in student.parameters()) and name in (n.name() for n in nodes):
         raise AgmValueError(
@@ -414,9 +422,12 @@ def _in_float16(*tensors: Tensor) -> bool:
 
 def _gradient_norm(term: Tensor, images: Tensor, scale: float) -> Tensor:
     """The norm of the gradient at the images, taken of ``scale`` times the term."""
+    kept = images.grad if images.retains_grad else None
     while True:
         scaled = at_least_float32(term) * scale
         (gradient,) = torch.autograd.grad(scaled, images, retain_graph=True)
+        if images.retains_grad:  # to which autograd.grad adds, too
+            images.grad = kept
         norm = at_least_float32(gradient).norm() / scale
         # In float16 large gradients overflow as small ones vanish; only there the device is asked.
         if scale == 1 or norm.isfinite():

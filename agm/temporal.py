@@ -1,5 +1,6 @@
 """Temporal diversity: does the generator still move, and do its images differ?"""
 
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -110,6 +111,8 @@ class DiversityProbe:
                     with_kwargs=True,
                 )
                 stack.callback(handle.remove)
+            if "torch._dynamo" in sys.modules:  # what is compiled does not see new hooks
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             images = _on_copied_buffers(self.generator, *self.latents)
             logits = _on_copied_buffers(self.teacher, images)
             features = seen.pop() if seen else logits
@@ -124,10 +127,18 @@ class DiversityProbe:
 
 def _on_copied_buffers(network: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """``network(*inputs)``; what BatchNorm would keep of it is thrown away."""
-    if not isinstance(network, nn.Module):
+    modules = network.modules() if isinstance(network, nn.Module) else ()
+    # Not functional_call, which takes neither scripted nor parallel networks, nor modules with two
+    # names.
+    own = [(m._buffers, name, b) for m in modules for name, b in m._buffers.items()]
+    copies = {id(buffer): buffer.clone() for _, _, buffer in own if buffer is not None}
+    try:
+        for buffers, name, buffer in own:
+            buffers[name] = copies.get(id(buffer))
         return network(*inputs)
-    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    return torch.func.functional_call(network, buffers, inputs)
+    finally:
+        for buffers, name, buffer in own:
+            buffers[name] = buffer
 
 
 def _movement(now: Tensor, before: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from baselines.errors import UnsupportedLayerError
 from baselines.methods import gdfq
 from baselines.methods.gdfq import GDFQ
-from baselines.quantization.batch_norms import CONVOLUTIONS
+from baselines.quantization.graph import CONVOLUTIONS, run_order
 from baselines.training.generators import Decoder
 from baselines.training.recipe import Recipe
 
@@ -99,7 +99,10 @@ class Qimera(GDFQ):
     def _embedding(self, teacher: nn.Module, num_classes: int, from_classifier: bool) -> Tensor:
         if not from_classifier:
             return torch.randn(num_classes, self.latent_dim)
-        weights = [m.weight for m in teacher.modules() if isinstance(m, (nn.Linear, *CONVOLUTIONS))]
+        modules = list(teacher.modules())
+        if isinstance(teacher, fx.GraphModule):  # the last that runs, not the last that is listed
+            modules = [m for called in run_order(teacher) for m in called.modules()]
+        weights = [m.weight for m in modules if isinstance(m, (nn.Linear, *CONVOLUTIONS))]
         shape = weights[-1].shape if weights else ()
         # Linear, or a convolution of one pixel: in either case a row a class.
         if shape[:1] != (num_classes,) or shape[2:].numel() != 1:

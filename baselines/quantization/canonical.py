@@ -22,6 +22,7 @@ def canonical(network: fx.GraphModule) -> None:
     """Bring a traced network into that form; what it computes stays the same."""
     _drop_idle(network)
     _write_elsewhere(network)
+    _in_any_layout(network)
     _bake(network)
     _into_modules(network)
 
@@ -55,13 +56,23 @@ def _write_elsewhere(network: fx.GraphModule) -> None:
         source.replace_all_uses_with(
             node, delete_user_cb=lambda user, at=position[node]: position[user] > at
         )
+    for module in network.modules():  # after all of its calls
+        if getattr(module, "inplace", False):
+            module.inplace = False
+
+
+def _in_any_layout(network: fx.GraphModule) -> None:
+    """A view of another shape, which asks for NCHW in memory, becomes a reshape."""
+    for node in network.graph.nodes:
+        of_dtype = any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
+        if node.op == "call_method" and node.target in ("view", "view_as") and not of_dtype:
+            node.target = node.target.replace("view", "reshape")
 
 
 def _made_new(network: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether ``node`` worked in place; it no longer does."""
+    """Whether ``node`` worked in place; a function or a method no longer does."""
     module, target = called(network, node), node.target
     if getattr(module, "inplace", False):
-        module.inplace = False
         return True
     if node.kwargs.get("inplace", False) is True:
         node.kwargs = {**node.kwargs, "inplace": False}

@@ -182,7 +182,7 @@ def save_quantized(model: fx.GraphModule, path: str | Path) -> None:
             "config": vars(model.meta["config"]),
             "image_shape": shape,
             "model": model.state_dict(),
-            "logits": _float_logits(copy.deepcopy(model).cpu(), shape),
+            "logits": _float_logits(copy.deepcopy(model).cpu().float(), shape),
         },
     )
 

@@ -10,7 +10,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from baselines.errors import UnsupportedLayerError
-from baselines.quantization.graph import CONVOLUTIONS
+from baselines.quantization.graph import CONVOLUTIONS, check_logits_shape
 
 # What makes a weight before each forward; torch's modules are hidden by functions of their names.
 _WEIGHT_HOOKS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
@@ -20,7 +20,8 @@ def own_copy(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modul
     """``network`` with its hooks, in eval mode, on the CPU; the given one is untouched.
 
     Raises:
-        UnsupportedLayerError: not a module, or a weight is on the meta device or not initialised.
+        UnsupportedLayerError: not a module, a weight is on the meta device or not initialised, or
+            copy.deepcopy gives parts of the network itself.
     """
     if not isinstance(network, nn.Module):
         raise UnsupportedLayerError(
@@ -38,6 +39,8 @@ def own_copy(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modul
     memo = {id(t): t.detach().clone() for t in made if not t.is_leaf}
     try:
         own = copy.deepcopy(network, memo)
+        if {id(m) for m in own.modules()} & {id(m) for m in network.modules()}:
+            raise TypeError("its __deepcopy__ gives the network itself, or a part of it")
         own.eval()  # whose override may return nothing
         return own.to("cpu", dtype)
     except Exception as error:
@@ -103,7 +106,7 @@ def image_channels(network: nn.Module, image_size: int) -> int | None:
         module.register_forward_pre_hook(lambda m, _inputs: first.append(m.in_channels))
     try:
         with torch.no_grad():
-            network(torch.zeros(2, 3, image_size, image_size))
+            check_logits_shape(network(torch.zeros(2, 3, image_size, image_size)), 2)
         return 3
     except Exception:  # grey images, as a rule; what else may be wrong shows when it is traced
         pass

@@ -29,6 +29,11 @@ def called(network: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return network.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
+def run_order(network: fx.GraphModule) -> list[nn.Module]:
+    """The modules that it calls, in order."""
+    return [m for node in network.graph.nodes if (m := called(network, node)) is not None]
+
+
 def bypass(network: fx.GraphModule, node: fx.Node, source: fx.Node) -> None:
     """``source`` in place of ``node``."""
     node.replace_all_uses_with(source)
@@ -58,9 +63,11 @@ def check_quantized(model: Any, error: type[Exception]) -> None:
         )
 
 
-def check_logits_shape(logits: Any) -> int:
-    """The number of classes of (N, C) logits."""
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
+def check_logits_shape(logits: Any, n: int) -> int:
+    """The number of classes of (N, C) logits, of ``n`` images."""
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != n:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UnsupportedLayerError(f"the network must return logits (N, C), got {got}")
+        raise UnsupportedLayerError(
+            f"the network must return logits (N, C), and for {n} images it returned {got}"
+        )
     return logits.shape[1]

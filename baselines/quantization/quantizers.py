@@ -3,6 +3,7 @@
 ``scale`` is the step size: x ~ scale * (q - zero_point) with integer q in [qmin, qmax].
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -163,9 +164,15 @@ class WeightQuantizer(nn.Module):
 
 
 def _sample(x: Tensor, size: int = 2**16) -> Tensor:
-    """About ``size`` values of x in float32; an odd stride, so that no channel is favoured."""
+    """About ``size`` values of x in float32.
+
+    At a stride that has no divisor in common with x's sizes, so that all channels and places count.
+    """
     flat = x.flatten()
-    return flat[:: (flat.numel() // size) | 1].float()
+    stride = max(1, flat.numel() // size)
+    while math.gcd(stride, flat.numel()) > 1:
+        stride += 1
+    return flat[::stride].float()
 
 
 def range_max(x: Tensor, _bit_width: int) -> tuple[Tensor, Tensor]:

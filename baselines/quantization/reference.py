@@ -20,12 +20,12 @@ class Reference:
 
     Args:
         network: the given one, which runs once, in a copy in eval mode; its own hooks run too.
-        images: (N, C, s, s) in the range of its inputs.
+        images: (N, C, s, s) in the range of its inputs; the copies get them channels last.
     """
 
     def __init__(self, network: nn.Module, images: Tensor) -> None:
         self.network, self.images = network, images
-        self.logits = self._run(own_copy(network, images.dtype))
+        self.logits = self._run(own_copy(network, images.dtype), images)
 
     def check(self, other: fx.GraphModule, what: str) -> None:
         """Refuse a copy that computes something else.
@@ -33,7 +33,7 @@ class Reference:
         Raises:
             UnsupportedLayerError: naming the first layer whose output differs.
         """
-        logits = self._run(other)
+        logits = self._run(other, self._channels_last())
         if same(logits, self.logits):
             return
         if not (self.logits.isfinite().all()):
@@ -41,7 +41,7 @@ class Reference:
                 "the network gives logits that are not finite for a random batch in the range of "
                 "its inputs; check its weights, and input_mean and input_std"
             )
-        again = self._run(own_copy(self.network, self.images.dtype))
+        again = self._run(own_copy(self.network, self.images.dtype), self.images)
         if not same(again, self.logits):
             raise UnsupportedLayerError(
                 "the network in eval mode gives other logits for the same images when it is asked "
@@ -56,16 +56,22 @@ class Reference:
             "part of a module's forward"
         )
 
+    def _channels_last(self) -> Tensor:
+        if self.images.ndim != 4:
+            return self.images
+        return self.images.contiguous(memory_format=torch.channels_last)
+
     @torch.no_grad()
-    def _run(self, network: nn.Module) -> Tensor:
-        logits = network(self.images)
-        check_logits_shape(logits)
+    def _run(self, network: nn.Module, images: Tensor) -> Tensor:
+        logits = network(images.clone())  # which it may write into
+        check_logits_shape(logits, len(images))
         return logits.detach()
 
     def _first_difference(self, other: fx.GraphModule) -> str:
         """The first module, in the order of the copy, that gives something else there."""
         network = own_copy(self.network, self.images.dtype)
-        theirs, ours = _outputs(network, self._run), _outputs(copy.deepcopy(other), self._run)
+        theirs = _outputs(network, lambda it: self._run(it, self.images))
+        ours = _outputs(copy.deepcopy(other), lambda it: self._run(it, self._channels_last()))
         for name, output in ours.items():
             if name in theirs and not same(output, theirs[name]):
                 kind = type(network.get_submodule(name)).__name__

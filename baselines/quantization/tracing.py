@@ -42,7 +42,7 @@ def traced(
     size = "x".join(map(str, image_shape))
     try:
         with torch.no_grad():
-            check_logits_shape(network(example))
+            check_logits_shape(network(example), len(example))
     except UnsupportedLayerError:
         raise
     except Exception as error:  # the user's forward may raise anything

@@ -48,7 +48,9 @@ def normalising_layers(network: nn.Module, *, relative: bool = False) -> list[La
         if isinstance(module, FoldedConv):
             norms[module.norm] = module  # which runs in its place
     layers = [
-        _layer(module, norm, relative) for norm, module in norms.items() if norm.track_running_stats
+        _layer(module, norm, relative)
+        for norm, module in norms.items()
+        if norm.running_mean is not None
     ]
     if not layers:
         raise UnsupportedLayerError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from baselines.errors import ConfigError
-from baselines.quantization.graph import BATCH_NORMS
+from baselines.quantization.graph import BATCH_NORMS, run_order
 
 # An estimated deviation within this factor of 1, with a mean within 1, is taken for standardised.
 NEAR = 1.6
@@ -73,15 +73,16 @@ def _estimated(network: fx.GraphModule) -> tuple[Tensor, Tensor]:
     """
     shape = network.meta["image_shape"]
     standard = torch.zeros(shape[0]), torch.ones(shape[0])
-    norm = next((m for m in _run_order(network) if isinstance(m, BATCH_NORMS)), None)
+    norm = next((m for m in run_order(network) if isinstance(m, BATCH_NORMS)), None)
     if norm is None or norm.running_mean is None or _untrained(norm):
         return standard
     black = _before(network, norm, torch.zeros(1, *shape))
     white = _before(network, norm, torch.full((1, *shape), PROBE))
-    double = _before(network, norm, torch.full((1, *shape), 2 * PROBE))
-    scale = (double - black).abs().max()
-    if not scale > 0 or ((double - black) - 2 * (white - black)).abs().max() > 1e-3 * scale:
-        return standard  # not affine: nothing to be told
+    scale = (white - black).abs().max()
+    for times in (-1, 2):
+        change = _before(network, norm, torch.full((1, *shape), times * PROBE)) - black
+        if not scale > 0 or (change - times * (white - black)).abs().max() > 1e-3 * scale:
+            return standard  # not affine: nothing to be told
     spread = norm.running_var.clamp(min=1e-12).sqrt()
     gain, offset = (
         v.mean((0, *range(2, v.ndim))) / spread for v in ((white - black) / PROBE, black)
@@ -106,11 +107,6 @@ def _estimated(network: fx.GraphModule) -> tuple[Tensor, Tensor]:
 
 def _untrained(norm: nn.Module) -> bool:
     return bool((norm.running_mean == 0).all() and (norm.running_var == 1).all())
-
-
-def _run_order(network: fx.GraphModule) -> list[nn.Module]:
-    nodes = network.graph.nodes
-    return [network.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"]
 
 
 def _before(network: fx.GraphModule, norm: nn.Module, images: Tensor) -> Tensor:

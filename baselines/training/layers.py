@@ -69,7 +69,9 @@ class Layers:
         terms = []
         for of_teacher, of_student in self.modules:
             t, s = self.given[of_teacher].detach(), self.given[of_student]
-            spread = channel_moments(t)[1].mean()
+            # A linear layer's channels come last, also behind several dimensions.
+            rows = t.flatten(0, -2) if isinstance(of_teacher, nn.Linear) else t
+            spread = channel_moments(rows)[1].mean()
             error = (s - t).square().sum(dtype=torch.promote_types(s.dtype, torch.float32))
             terms.append(torch.where(spread > 0, error / (spread * s.numel()), 0.0))
         return torch.stack(terms).mean()

@@ -146,11 +146,11 @@ class Trainer:
             teacher, torch.addcmul(mean[:, None, None], std[:, None, None], noise)
         )
         reference.check(network, "traced")
-        student = build_student(network, config)
+        student = channels_last(build_student(network, config))
         with unquantized(student):
             reference.check(student, "student's")
         self.student = self._place(student.requires_grad_(True))
-        folded = with_folded_norms(network)
+        folded = channels_last(with_folded_norms(network))
         reference.check(folded, "teacher's")
         self.teacher = self._place(folded.requires_grad_(False))
         self.layers = normalising_layers(self.teacher, relative=recipe.relative_bns)
@@ -476,7 +476,7 @@ def number_of_classes(logits: Tensor) -> int:
     Raises:
         UnsupportedLayerError: there is one class alone, or they are probabilities already.
     """
-    classes = check_logits_shape(logits)
+    classes = check_logits_shape(logits, len(logits))
     if classes == 1:
         raise UnsupportedLayerError(
             "the network gives one logit, of which all methods take the softmax: it is always "
@@ -505,7 +505,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     try:
         torch.zeros((), device=device).item()
         return torch.device(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise ConfigError(f"device {str(device)!r} cannot be used: {error}") from error
 
 

@@ -266,6 +266,40 @@ def test_a_buffer_that_is_replaced_comes_back():
     assert generator.count.item() == 0
 
 
+class TwoNames(nn.Module):
+    """A BatchNorm that is registered twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(48)
+        self.net = nn.Sequential(nn.Linear(5, 48), self.norm, nn.Unflatten(1, (3, 4, 4)))
+
+    def forward(self, z):
+        return self.net(z)
+
+
+@pytest.mark.parametrize("wrap", [nn.Identity, nn.DataParallel], ids=["itself", "parallel"])
+def test_modules_of_two_names_and_parallel_ones_are_left_as_they_are(wrap):
+    generator, teacher = TwoNames(), classifier()
+    if wrap is nn.DataParallel:
+        generator, teacher = wrap(generator), wrap(teacher)
+    before, own = everything(generator, teacher), [id(b) for b in generator.buffers()]
+    DiversityProbe(generator, latents(), teacher)()
+    assert everything(generator, teacher) == before
+    assert [id(b) for b in generator.buffers()] == own
+
+
+def test_a_compiled_teacher_has_the_features_of_the_network():
+    teacher, rows = classifier(), []
+    for network in (teacher, torch.compile(teacher, backend="eager")):
+        with torch.no_grad():
+            network(torch.zeros(6, 3, 4, 4))  # compiled for as many as the probe's
+        probe = DiversityProbe(image_generator(), latents(), network)
+        rows.append((probe(), probe.features))
+    assert rows[0][0]["batch_similarity"] == rows[1][0]["batch_similarity"]
+    assert same_bits(rows[0][1], rows[1][1])
+
+
 def test_a_teacher_that_fails_leaves_nothing_behind():
     generator, teacher = image_generator(), nn.Sequential(classifier().train(), nn.Linear(7, 2))
     before = everything(generator, teacher)

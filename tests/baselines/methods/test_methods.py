@@ -282,6 +282,21 @@ def test_embeddings_from_a_convolutional_classifier():
     assert generator(*generator.sample(3, rng(0))[0]).shape == (3, 3, 8, 8)
 
 
+def test_the_last_layer_is_the_one_that_runs_last():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ends = nn.ModuleList([nn.Conv2d(3, 4, 1), nn.Linear(20, 20)])
+            self.body = nn.Conv2d(4, 20, 1)
+
+        def forward(self, x):
+            return self.ends[1](self.body(self.ends[0](x)).mean((2, 3)))
+
+    teacher = traced(Listed(), (3, 8, 8))
+    generator = Qimera(width=4, from_classifier=True).make_generator(teacher, 20, (3, 8, 8))
+    assert torch.equal(generator.embedding.weight, teacher.get_parameter("ends.1.weight"))
+
+
 @pytest.mark.parametrize(
     ("teacher", "shape"),
     [

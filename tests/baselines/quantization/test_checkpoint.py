@@ -1,6 +1,7 @@
 """Files under damage, full disks, hostile pickles and kills."""
 
 import contextlib
+import copy
 import errno
 import hashlib
 import io
@@ -471,6 +472,15 @@ def test_a_quantized_network_keeps_its_settings(path):
     assert torch.equal(loaded(images()), want(images()))
     assert [str(m) for m in loaded.modules()][1:] == [str(m) for m in want.modules()][1:]
     assert loaded.meta["config"] == want.meta["config"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_quantized_network_of_another_dtype(path, dtype):
+    want = tiny_student()
+    save_quantized(copy.deepcopy(want).to(dtype), path)
+    loaded = load_quantized(path, Tiny())
+    for got, value in zip(loaded.parameters(), want.parameters(), strict=True):
+        assert torch.equal(got, value.to(dtype).float())
 
 
 # Fingerprints

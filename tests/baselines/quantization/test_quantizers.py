@@ -14,6 +14,7 @@ from baselines.quantization.policy import QuantizationConfig
 from baselines.quantization.quantizers import (
     ActivationQuantizer,
     WeightQuantizer,
+    _sample,
     fake_quantize,
     integer_range,
     observing,
@@ -31,6 +32,23 @@ from tests.baselines.strategies import (
     schemes,
 )
 from tests.strategies import rng, seeds
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (64, 256, 7, 7), (16, 1024, 7, 7), (64, 64, 14, 14), (16, 144, 56, 56), (16, 480, 14, 14),
+        (64, 64, 32, 32), (3, 5),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [2**14, 2**16])
+def test_a_sample_looks_at_every_place_and_channel(shape, size):
+    values = _sample(torch.arange(math.prod(shape), dtype=torch.float64).view(shape), size).long()
+    assert min(size, math.prod(shape)) // 2 <= len(values) <= 2 * size
+    pixels = math.prod(shape[2:])
+    assert len((values % pixels).unique()) == pixels
+    assert len((values // pixels % shape[1]).unique()) == shape[1]
+
 
 STES = st.sampled_from(["identity", "clipped"])
 
@@ -368,7 +386,7 @@ def test_mse_range_is_near_the_best(seed, bits, heaviness):
 @pytest.mark.parametrize(("estimator", "size"), [("percentile", 2**16), ("mse", 2**14)])
 def test_a_large_batch_is_judged_by_a_sample_of_known_size(estimator, size):
     x = torch.ones(5 * size)
-    x[::5] = 0  # a number of values that an odd stride finds, so that no channel is favoured
+    x[::7] = 0  # the next stride that has no divisor in common with the number of values
     q = quantizer(estimator=estimator)
     observe(q, x)
     assert not q.averages.any()

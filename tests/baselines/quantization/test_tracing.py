@@ -428,6 +428,30 @@ def test_what_is_done_in_place_is_done_elsewhere(anything):
     assert not any(str(n.target).endswith("_") for n in graph.graph.nodes if n.op == "call_method")
 
 
+class Residual(nn.Module):
+    """One in-place ReLU, called twice: the second time it writes into what is read once more."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.relu = Head(), nn.ReLU(inplace=True)
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        fill(self, 0)
+
+    def forward(self, x):
+        x = self.conv(self.relu(self.conv(x)))
+        return self.head(self.conv(self.relu(x)) + x)
+
+
+def test_a_module_that_works_in_place_may_be_called_twice():
+    net, x = Residual(), images()
+    assert torch.equal(check(net)(x), net(x))
+    assert net.relu.inplace
+
+
+def test_images_may_be_written_into():
+    check(Head(lambda x: x.sub_(0.5).div_(0.25)))
+
+
 def test_a_write_through_a_view_is_caught():
     def through_a_view(x):
         y = x * 1.0
@@ -436,6 +460,42 @@ def test_a_write_through_a_view_is_caught():
 
     with pytest.raises(UnsupportedLayerError, match="something else"):
         check(Head(through_a_view))
+
+
+# Memory formats: the copies run on images with channels last
+
+
+class Lenet(nn.Module):
+    """Its linear layer reads all pixels, in the order of NCHW."""
+
+    def __init__(self, flat):
+        super().__init__()
+        self.head, self.flat, self.fc = Head(), flat, nn.Linear(256, 5)
+        fill(self, 0)
+
+    def forward(self, x):
+        return self.fc(self.flat(F.relu(self.head.norm(self.head.conv(x)))))
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [lambda x: x.view(x.size(0), -1), lambda x: x.view(-1, 256), lambda x: x.flatten(1)],
+    ids=["view", "sizes", "flatten"],
+)
+def test_views_of_the_pixels_are_taken_in_any_memory_format(flat):
+    net, x = Lenet(flat), images()
+    graph = check(net)
+    assert torch.allclose(graph(x.contiguous(memory_format=torch.channels_last)), net(x), atol=1e-5)
+    quantize(net, steps=3, batch_size=4, image_size=8)
+
+
+def test_what_reads_memory_itself_is_refused():
+    with pytest.raises(UnsupportedLayerError, match="something else"):
+        check(Lenet(lambda x: x.as_strided((x.size(0), 256), (256, 1))))
+
+
+def test_a_view_of_another_dtype_stays_one():
+    check(Head(lambda x: x.view(torch.int32).view(torch.float32)))
 
 
 # Weights that are not there, the caller's state
@@ -491,3 +551,23 @@ def test_channels_of_the_images():
     assert image_channels(Tiny(channels=5), 8) == 5
     assert image_channels(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), 8) == 3
     assert image_channels(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), 8) is None
+    # Three grey images are not one of three channels.
+    assert image_channels(Head(lambda x: x.reshape(-1, 1, 8, 8), nn.Conv2d(1, 4, 3)), 8) == 1
+
+
+def test_logits_of_more_images_than_were_given_are_refused():
+    with pytest.raises(UnsupportedLayerError, match=r"for 2 images it returned \(6, 5\)"):
+        check(Head(lambda x: x.reshape(-1, 1, 8, 8), nn.Conv2d(1, 4, 3)))
+
+
+def test_a_network_that_is_its_own_copy_is_refused_and_left_alone():
+    class Single(Tiny):
+        def __deepcopy__(self, memo):
+            return self
+
+    net = Single().train()
+    handle = net.register_forward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedLayerError, match=r"cannot be copied.*itself"):
+        check(net)
+    assert net.training
+    assert handle.id in net._forward_hooks

@@ -142,6 +142,14 @@ def test_without_statistics(norm):
     assert isinstance(caught.value, AgmError)
 
 
+def test_statistics_that_are_kept_count_whatever_the_flag_says():
+    norm, without = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    norm.track_running_stats = False  # they are there, and normalise in eval mode
+    without.running_mean = without.running_var = None
+    (layer,) = normalising_layers(nn.Sequential(norm, nn.Conv2d(3, 3, 1), without))
+    assert layer.module is norm
+
+
 def test_batch_norms_that_never_run():
     teacher = nn.Conv2d(3, 2, 1)
     teacher.auxiliary = nn.BatchNorm2d(2)

@@ -12,7 +12,7 @@ from baselines.errors import ConfigError
 from baselines.quantization.tracing import traced
 from baselines.training.input_range import input_range
 from benchmarks.task import datasets, teachers
-from tests.baselines import Tiny
+from tests.baselines import Tiny, fill
 
 
 class Normalising(nn.Module):
@@ -61,8 +61,23 @@ def test_where_the_first_batch_norm_sees_no_affine_function_nothing_is_told():
         def forward(self, x):
             return super().forward(F.relu(1000 * x) ** 2)
 
-    mean, std = input_range(traced(Late(), (3, 8, 8)), None, None)
-    assert (mean.tolist(), std.tolist()) == ([0.0] * 3, [1.0] * 3)
+    class Rectified(nn.Module):
+        """Linear on bright images, whose probes all are."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.fc = nn.Linear(4, 5)
+            fill(self, 1)
+            with torch.no_grad():
+                self.norm.running_var *= 1e4
+
+        def forward(self, x):
+            return self.fc(self.norm(F.relu(self.conv(x))).mean((2, 3)))
+
+    for net in (Late(), Rectified()):
+        mean, std = input_range(traced(net, (3, 8, 8)), None, None)
+        assert (mean.tolist(), std.tolist()) == ([0.0] * 3, [1.0] * 3)
 
 
 @pytest.mark.parametrize("given", [(0.5, 0.25), ([0.1, 0.2, 0.3], [1.0, 2.0, 3.0])], ids=str)

@@ -87,6 +87,40 @@ def test_a_student_that_is_not_rounded_is_at_no_distance(fold):
         assert layers.distance() < 1e-8
 
 
+class Pointwise(nn.Module):
+    """A layer of one pixel, as a convolution or as a linear one on channels that come last."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(7, 5)
+        self.norm = nn.BatchNorm2d(6)
+        self.point = nn.Linear(6, 7) if linear else nn.Conv2d(6, 7, 1)
+        fill(self, 0)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).relu()
+        if isinstance(self.point, nn.Linear):
+            return self.fc(self.point(x.permute(0, 2, 3, 1)).relu().mean((1, 2)))
+        return self.fc(self.point(x).relu().mean((2, 3)))
+
+
+def test_a_linear_layers_channels_are_its_last_dimension():
+    conv, linear = Pointwise(False), Pointwise(True)
+    linear.load_state_dict(
+        {k: v.flatten(1) if k == "point.weight" else v for k, v in conv.state_dict().items()}
+    )
+    found, x = [], images(16, seed=1)
+    for net in (conv, linear):
+        teacher, student = both(net, True)
+        layers = Layers(teacher, student)
+        assert layers.names[0] == "point"
+        with layers.collected():
+            teacher(x)
+            student(x)
+            found.append(layers.distance().item())
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 def test_a_layer_that_gives_a_constant_counts_nothing():
     net = Tiny()
     with torch.no_grad():
