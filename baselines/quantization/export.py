@@ -84,7 +84,8 @@ def export_onnx(
     to unpack, 8), and int8 in memory.
 
     Raises:
-        ExportError: see :func:`deployed`; or onnx and onnxscript are not installed.
+        ExportError: see :func:`deployed`; or onnx and onnxscript are not installed; or ONNX
+            Runtime, where it is installed, does not take the file or computes something else.
         CheckpointError: the file cannot be written there; one that was there is intact.
     """
     path = Path(path)
@@ -94,6 +95,7 @@ def export_onnx(
     _pack(proto, network)
     _strip(proto)
     data = proto.SerializeToString()
+    _check(data, network, images)
     checkpoint.write(path, data)
     rows = _rows(model, network)
     layers = {id(m): m for m in map(lambda n: weighted_layer(network, n), weighted_nodes(network))}
@@ -146,6 +148,41 @@ def _proto(network: nn.Module, image_shape: tuple[int, int, int] | None = None) 
             logging.getLogger(name).setLevel(level)
 
 
+@torch.no_grad()
+def _check(data: bytes, network: fx.GraphModule, images: Tensor | None) -> None:
+    """Run the file once, unoptimised, against the integers in torch.
+
+    A rounding that falls otherwise may change an image's logits: it is their median that counts.
+    """
+    if find_spec("onnxruntime") is None:
+        return
+    import onnxruntime
+
+    if images is None:
+        shape = network.meta["image_shape"]
+        images = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
+    images = images[:5].cpu().float()
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level, options.intra_op_num_threads = 4, 1
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        (given,) = session.run(None, {"images": images.numpy()})
+    except Exception as error:  # whatever the runtime may meet
+        raise ExportError(
+            f"ONNX Runtime does not take the file ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]})"
+        ) from error
+    want = network(images)
+    error = (torch.from_numpy(given) - want).abs().amax(1).median()
+    if not error <= 1e-2 * want.abs().max():
+        raise ExportError(
+            "the file that torch.onnx.export makes computes something else: its logits differ by "
+            f"{float(error / want.abs().max()):.2g} of the largest; an option of one of its layers "
+            "is lost on the way"
+        )
+
+
 def _pack(proto: Any, network: fx.GraphModule) -> None:
     """Put bit planes and the nodes that unpack them in the place of weights of few bits."""
     graph = proto.graph
@@ -175,6 +212,7 @@ class _Builder:
     def constant(self, name: str, value: Tensor) -> str:
         import onnx
 
+        name = f"/{name}"  # as nothing of a module is called
         if name not in self.constants:
             self.constants.add(name)
             self.graph.initializer.append(onnx.numpy_helper.from_array(value.numpy(), name))
@@ -254,7 +292,7 @@ def _strip(proto: Any) -> None:
         for values in (node.input, node.output):
             for i, value in enumerate(values):
                 if value not in kept:
-                    values[i] = names.setdefault(value, f"v{len(names)}")
+                    values[i] = names.setdefault(value, f"/{len(names)}")
 
 
 def _rows(model: fx.GraphModule, network: fx.GraphModule) -> list[tuple[str, str, str, str]]:

@@ -717,7 +717,7 @@ EIGHT_PIXELS = nn.Sequential(
         ({"hooks": [LinearInterpolation()]}, "student_batch.*got LinearInterpolation"),
         ({"precision": "int8"}, "precision 'int8'"),
         ({"device": "toaster"}, "device 'toaster'"),
-        ({"device": 1.5}, "device 1.5"),
+        ({"device": 1.5}, "device '1.5'"),
         ({"device": "cuda:99"}, "device 'cuda:99'"),
         ({"checkpoint_every": 0}, "checkpoint_every.*got 0"),
         ({"teacher": EIGHT_PIXELS, "image_size": 16}, "3x16x16 images.*set image_size"),

@@ -220,7 +220,44 @@ def test_openvino_computes_it_too(tmp_path):
     assert (got - want).abs().median() <= 0.1 * want.std(0).max()
 
 
+class Pooled(nn.Module):
+    """Its buffer is named as a test likes, and its pool divides by what a test likes."""
+
+    def __init__(self, name="offset", divisor=None):
+        super().__init__()
+        self.name, self.conv, self.fc = name, nn.Conv2d(3, 4, 3, padding=1), nn.Linear(36, 5)
+        self.norm = nn.BatchNorm2d(4)
+        self.pool = nn.AvgPool2d(3, 2, divisor_override=divisor)
+        self.register_buffer(name, torch.ones(4, 1, 1))
+        fill(self, 0)
+
+    def forward(self, x):
+        x = (self.norm(self.conv(x)) + getattr(self, self.name)).relu()
+        return self.fc(self.pool(x).flatten(1))
+
+
+@pytest.mark.parametrize("name", ["powers", "two", "axis", "v0", "v1", "flat", "bits"])
+def test_a_buffer_may_have_any_name(name, tmp_path):
+    student = student_of(Pooled(name), images())
+    export_onnx(student, tmp_path / "a.onnx")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.onnx"]
+
+
 # What is refused
+
+
+def test_an_option_that_is_lost_on_the_way_is_told_and_nothing_written(tmp_path):
+    student = student_of(Pooled(divisor=4), images())
+    with pytest.raises(ExportError, match=r"computes something else.*of the largest"):
+        export_onnx(student, tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_no_runtime_takes_is_told_and_nothing_written(tmp_path):
+    student = student_of(Pooled("logits"), images())  # as its output is called
+    with pytest.raises(ExportError, match="does not take the file"):
+        export_onnx(student, tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_input(tmp_path, monkeypatch):
