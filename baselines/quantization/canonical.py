@@ -195,7 +195,10 @@ def _into_modules(network: fx.GraphModule) -> None:
 
 
 def _settle(network: fx.GraphModule, weights: list[Any], module: nn.Module) -> str:
-    """Put ``module`` where its weights lie: in a layer's place if it has no others, or inside."""
+    """Put ``module`` where its weights lie: in a layer's place if it has no others, or beside it.
+
+    Not inside: the layer may be called, too, and have a place in another module by itself.
+    """
     targets = {w.target for w in weights if w is not None}
     owner = min(targets).rpartition(".")[0]
     layer = network.get_submodule(owner)
@@ -206,7 +209,7 @@ def _settle(network: fx.GraphModule, weights: list[Any], module: nn.Module) -> s
     )
     name = owner
     if not owner or elsewhere or any(True for _ in layer.children()):
-        name = f"{owner}.{type(module).__name__.lower()}".lstrip(".")
+        name = f"{owner}_{type(module).__name__.lower()}".lstrip("_")
         while _exists(network, name):
             name += "_"
     network.add_submodule(name, module)

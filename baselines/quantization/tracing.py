@@ -65,6 +65,12 @@ def traced(
         elif node.op in ("call_module", "get_attr"):
             node.target = node.target.removeprefix("network.")
         node._rename(node.name.removeprefix("network_"))
+    own = (*network._modules, *network._parameters, *network._buffers)
+    if taken := [name for name in own if name == "meta" or hasattr(fx.GraphModule, name)]:
+        raise UnsupportedLayerError(
+            f"{type(network).__name__} has attributes that torch.fx.GraphModule needs for itself: "
+            f"{', '.join(taken)}; give them other names"
+        )
     result = fx.GraphModule(network, graph, type(network).__name__)
     canonical(result)
     result.meta["image_shape"] = tuple(image_shape)

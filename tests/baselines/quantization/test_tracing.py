@@ -462,6 +462,50 @@ def test_a_write_through_a_view_is_caught():
         check(Head(through_a_view))
 
 
+# One weight of a layer and of functions, names of torch.fx's own
+
+
+def dilated(net, x):
+    return net.conv(x) + F.conv2d(x, net.conv.weight, net.conv.bias, padding=2, dilation=2)
+
+
+def functions_alone(net, x):
+    return (
+        F.conv2d(x, net.conv.weight, padding=1)
+        + F.conv2d(x, net.conv.weight, padding=0)[:, :, :1, :1]
+    )
+
+
+def there_and_back(net, x):
+    return F.conv_transpose2d(net.norm(net.conv(x)).relu(), net.conv.weight, padding=1)
+
+
+@pytest.mark.parametrize("how", [dilated, functions_alone, there_and_back])
+def test_a_weight_of_several_calls_is_quantized_in_each(how):
+    class Sharing(Head):
+        def forward(self, x):
+            return self.fc(self.norm(how(self, x)).relu().mean((2, 3)))
+
+    net = Sharing(conv=nn.Conv2d(3, 3, 3, padding=1), norm=nn.BatchNorm2d(3))
+    net.fc = nn.Linear(3, 5)
+    check(fill(net, 0))
+    result = quantize(net, steps=3, batch_size=4, image_size=8, weight_bits=3)
+    rows = [line for line in str(result.policy).splitlines() if "weight " in line]
+    assert len(rows) == 3  # both calls' and the linear layer's
+
+
+@pytest.mark.parametrize("name", ["graph", "code", "meta"])
+def test_a_name_that_torch_fx_needs_is_told(name):
+    class Named(Head):
+        def forward(self, x):
+            return getattr(self, name)(super().forward(x))
+
+    net = Named()
+    setattr(net, name, nn.Linear(5, 5))
+    with pytest.raises(UnsupportedLayerError, match=f"GraphModule.*: {name}; give"):
+        check(net)
+
+
 # Memory formats: the copies run on images with channels last
 
 
