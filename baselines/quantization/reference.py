@@ -33,7 +33,8 @@ class Reference:
         Raises:
             UnsupportedLayerError: naming the first layer whose output differs.
         """
-        logits = self._run(other, self._channels_last())
+        images = self.images.contiguous(memory_format=torch.channels_last)
+        logits = self._run(other, images)
         if same(logits, self.logits):
             return
         if not (self.logits.isfinite().all()):
@@ -47,7 +48,7 @@ class Reference:
                 "the network in eval mode gives other logits for the same images when it is asked "
                 "again; it must be deterministic: switch off its dropout or noise"
             )
-        where = self._first_difference(other)
+        where = self._first_difference(other, images)
         error = float((logits - self.logits).abs().max() / self.logits.abs().max())
         raise UnsupportedLayerError(
             f"the {what} copy of {type(self.network).__name__} computes something else: {where}, "
@@ -56,22 +57,17 @@ class Reference:
             "part of a module's forward"
         )
 
-    def _channels_last(self) -> Tensor:
-        if self.images.ndim != 4:
-            return self.images
-        return self.images.contiguous(memory_format=torch.channels_last)
-
     @torch.no_grad()
     def _run(self, network: nn.Module, images: Tensor) -> Tensor:
         logits = network(images.clone())  # which it may write into
         check_logits_shape(logits, len(images))
         return logits.detach()
 
-    def _first_difference(self, other: fx.GraphModule) -> str:
+    def _first_difference(self, other: fx.GraphModule, images: Tensor) -> str:
         """The first module, in the order of the copy, that gives something else there."""
         network = own_copy(self.network, self.images.dtype)
         theirs = _outputs(network, lambda it: self._run(it, self.images))
-        ours = _outputs(copy.deepcopy(other), lambda it: self._run(it, self._channels_last()))
+        ours = _outputs(copy.deepcopy(other), lambda it: self._run(it, images))
         for name, output in ours.items():
             if name in theirs and not same(output, theirs[name]):
                 kind = type(network.get_submodule(name)).__name__

@@ -42,7 +42,6 @@ from baselines.errors import (
 )
 from baselines.quantization.batch_norms import with_folded_norms
 from baselines.quantization.copying import channels_last
-from baselines.quantization.graph import check_logits_shape
 from baselines.quantization.policy import BitPolicy, QuantizationConfig, bit_policy
 from baselines.quantization.quantizers import observing, unquantized, weights_quantized_once
 from baselines.quantization.reference import Reference
@@ -149,10 +148,10 @@ class Trainer:
         student = channels_last(build_student(network, config))
         with unquantized(student):
             reference.check(student, "student's")
-        self.student = self._place(student.requires_grad_(True))
+        self.student = student.requires_grad_(True).to(self.device)
         folded = channels_last(with_folded_norms(network))
         reference.check(folded, "teacher's")
-        self.teacher = self._place(folded.requires_grad_(False))
+        self.teacher = folded.requires_grad_(False).to(self.device)
         self.layers = normalising_layers(self.teacher, relative=recipe.relative_bns)
         self.compared = Layers(self.teacher, self.student)
         self.num_classes = number_of_classes(reference.logits)
@@ -165,7 +164,7 @@ class Trainer:
             generator = InRange(generator, mean, std)
         if ranks.size > 1 and self.device.type == "cuda":
             generator = nn.SyncBatchNorm.convert_sync_batchnorm(generator)
-        self.generator = self._place(generator.train())
+        self.generator = channels_last(generator.train().to(self.device, torch.float32))
         self.generator_optimizer, self.student_optimizer = recipe.optimizers(
             self.generator, self.student
         )
@@ -365,9 +364,6 @@ class Trainer:
         ):
             return network(*inputs)
 
-    def _place(self, network: nn.Module) -> nn.Module:
-        return channels_last(network.to(self.device, torch.float32))
-
     @torch_defaults()
     def sample_latents(self, n: int, seed: int = 0) -> tuple[Any, ...]:
         """The generator's inputs for n images, of an rng of their own."""
@@ -476,7 +472,7 @@ def number_of_classes(logits: Tensor) -> int:
     Raises:
         UnsupportedLayerError: there is one class alone, or they are probabilities already.
     """
-    classes = check_logits_shape(logits, len(logits))
+    classes = logits.shape[1]
     if classes == 1:
         raise UnsupportedLayerError(
             "the network gives one logit, of which all methods take the softmax: it is always "

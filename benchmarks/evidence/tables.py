@@ -179,9 +179,8 @@ def _proof_line(title: str, methods: list[dict[str, list[Cell]]]) -> str:
     counts.append(str(len(set().union(*bases))))
     for arm in report.ARMS[1:]:
         others = [report.by_seed(arms.get(arm, []), "accuracy_proof") for arms in methods]
-        if len(methods) > 1 and sum(map(bool, others)) < 2:
-            others = []  # nothing to put together
-        text, n = _difference(list(zip(bases, others, strict=False)))
+        alone = len(methods) > 1 and sum(map(bool, others)) < 2  # nothing to put together
+        text, n = _difference([] if alone else list(zip(bases, others, strict=True)))
         line.append(text)
         counts += [str(n)] if n else []
     return "| " + " | ".join([*line, ", ".join(counts)]) + " |"
