@@ -4,9 +4,10 @@
 
 A step of a small network is some thousand short kernels, and Python takes longer to ask for them
 than a GPU to run them. A graph asks for all at once, and several such runs share the GPU well under
-CUDA's MPS. The options are compare.py's, and so is the loop, but for what cannot be replayed: the
-shifts, boxes and real images are drawn on the device, so that a seed gives other numbers than
-compare.py's; and a loss that is not finite is told of at a checkpoint, or at the end.
+CUDA's MPS; half of the kernels are joined into fewer, see kernels.py. The options are compare.py's,
+and so is the loop, but for what cannot be replayed: the shifts, boxes and real images are drawn on
+the device, so that a seed gives other numbers than compare.py's; and a loss that is not finite is
+told of at a checkpoint, or at the end.
 """
 
 import functools
@@ -232,7 +233,10 @@ def main(argv: list[str]) -> int:
         return 2
     run.Trainer, compare.RealImages = GraphedTrainer, RealImagesOnDevice  # type: ignore[misc]
     compare.Comparison = Comparison  # type: ignore[misc]
-    return compare.main(argv)
+    from benchmarks.evidence.kernels import fused  # Triton, which only builds for CUDA bring
+
+    with fused():
+        return compare.main(argv)
 
 
 if __name__ == "__main__":
