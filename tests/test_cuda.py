@@ -1,7 +1,6 @@
 """On a GPU: the same results as on the CPU, to rounding, and the same promises."""
 
 import collections
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -137,7 +136,7 @@ def test_a_step_replayed_as_a_graph_is_that_step(method, recipe, hooks):
             precision="fp32",
         )  # fmt: skip
         trainer.capturing = capturing
-        with fused() if capturing else nullcontext():
+        with fused():
             losses.append([{k: v.item() for k, v in trainer.step().items()} for _ in range(120)])
         runs.append(trainer)
     as_they_are, replayed = runs

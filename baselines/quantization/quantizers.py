@@ -135,13 +135,16 @@ class WeightQuantizer(nn.Module):
             return weight
         if self.remembered is not None:
             return self.remembered
-        scale, zero_point = self.scale_and_zero_point(weight)
-        qmin, qmax = integer_range(self.bit_width, self.scheme, signed=True)
-        # Nothing lies outside a min-max range, so both straight-through gradients are the identity.
-        quantized = fake_quantize(weight, scale, zero_point, qmin, qmax)
+        quantized = self._quantized(weight)
         if self.remembering and torch.is_grad_enabled():  # else it would have no graph
             self.remembered = quantized
         return quantized
+
+    def _quantized(self, weight: Tensor) -> Tensor:
+        scale, zero_point = self.scale_and_zero_point(weight)
+        qmin, qmax = integer_range(self.bit_width, self.scheme, signed=True)
+        # Nothing lies outside a min-max range, so both straight-through gradients are the identity.
+        return fake_quantize(weight, scale, zero_point, qmin, qmax)
 
     @torch.no_grad()
     def scale_and_zero_point(self, weight: Tensor) -> tuple[Tensor, Tensor]:

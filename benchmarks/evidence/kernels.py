@@ -30,41 +30,42 @@ ALL = tl.constexpr(tl.PropagateNan.ALL)
 @contextmanager
 def fused() -> Iterator[None]:
     """While inside, these stand in for what they compute."""
-    plain = WeightQuantizer.forward, NormalisedConv.forward, quantizers.fake_quantize
+    normalised, quantized_weight = NormalisedConv.forward, WeightQuantizer._quantized
+    fake_quantize, channel_moments = quantizers.fake_quantize, bn_stats._ChannelMoments.apply
 
-    def weight(quantizer: WeightQuantizer, w: Tensor) -> Tensor:
-        if not quantizer.enabled or quantizer.remembered is not None or not _by_rows(quantizer, w):
-            return plain[0](quantizer, w)
-        quantized: Tensor = _QuantizeWeight.apply(w, quantizer.bit_width)
-        if quantizer.remembering and torch.is_grad_enabled():
-            quantizer.remembered = quantized
-        return quantized
-
-    def normalised(module: NormalisedConv, input: Tensor) -> Tensor:
+    def run_normalised(module: NormalisedConv, input: Tensor) -> Tensor:
         conv, norm = module.conv, module.norm
-        if not norm.affine or conv.bias is not None or not _dense(conv.weight):
-            return plain[1](module, input)
+        if not norm.affine or conv.bias is not None or not _taken(conv.weight):
+            return normalised(module, input)
         moments = norm.running_mean, norm.running_var
         joined = _Normalise.apply(conv.weight, norm.weight, norm.bias, *moments, norm.eps)
         output: Tensor = conv._conv_forward(input, *joined)
         return output
 
-    def fake_quantize(
-        x: Tensor, scale: Tensor, zero_point: Any, qmin: int, qmax: int, **how: Any
-    ) -> Tensor:
-        if scale.ndim or isinstance(zero_point, Tensor) or not _dense(x):
-            return plain[2](x, scale, zero_point, qmin, qmax, **how)
-        clipped = how["ste"] == "clipped"
-        quantized: Tensor = _FakeQuantize.apply(
-            x, scale, float(qmin - zero_point), float(qmax - zero_point), clipped
-        )
+    def quantize_weight(quantizer: WeightQuantizer, w: Tensor) -> Tensor:
+        by_rows = quantizer.scheme == "asymmetric" and quantizer.transposed_groups is None
+        if not by_rows or not _taken(w):
+            return quantized_weight(quantizer, w)
+        quantized: Tensor = _QuantizeWeight.apply(w, quantizer.bit_width)
         return quantized
 
+    def quantize(
+        x: Tensor, scale: Tensor, zero_point: Any, qmin: int, qmax: int, **how: Any
+    ) -> Tensor:
+        if scale.ndim or isinstance(zero_point, Tensor) or not _taken(x):
+            return fake_quantize(x, scale, zero_point, qmin, qmax, **how)
+        bounds = float(qmin - zero_point), float(qmax - zero_point)
+        quantized: Tensor = _FakeQuantize.apply(x, scale, *bounds, how["ste"] == "clipped")
+        return quantized
+
+    def moments(x: Tensor) -> Any:
+        return (_ChannelMoments.apply if _taken(x) else channel_moments)(x)
+
     with (
-        patch.object(WeightQuantizer, "forward", weight),
-        patch.object(NormalisedConv, "forward", normalised),
-        patch.object(quantizers, "fake_quantize", fake_quantize),
-        patch.object(bn_stats, "_ChannelMoments", _ChannelMoments),
+        patch.object(NormalisedConv, "forward", run_normalised),
+        patch.object(WeightQuantizer, "_quantized", quantize_weight),
+        patch.object(quantizers, "fake_quantize", quantize),
+        patch.object(bn_stats._ChannelMoments, "apply", moments),
         patch.object(generators, "upsampled_convolution", _upsampled_convolution),
     ):
         yield
@@ -75,16 +76,15 @@ def _upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(F.interpolate(x, scale_factor=2), weight, bias, padding=1)
 
 
-def _dense(x: Tensor) -> bool:
-    """Float32, and the first dimension the outermost of a memory without gaps."""
+def _taken(x: Tensor) -> bool:
+    """Whether the kernels take it: float32, the first dimension outermost, no gaps in its memory.
+
+    Before and after a run networks are also asked on the CPU, where Triton can but interpret.
+    """
     formats = [torch.contiguous_format] + [torch.channels_last] * (x.ndim == 4)
     dense = any(x.is_contiguous(memory_format=f) for f in formats)
-    return dense and x.dtype == torch.float32
-
-
-def _by_rows(quantizer: WeightQuantizer, weight: Tensor) -> bool:
-    plain = quantizer.scheme == "asymmetric" and quantizer.transposed_groups is None
-    return plain and _dense(weight)
+    reached = x.is_cuda or triton.knobs.runtime.interpret
+    return dense and reached and x.dtype == torch.float32
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
@@ -241,7 +241,6 @@ class _ChannelMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x if _dense(x) else x.contiguous()
         variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
         ctx.save_for_backward(x, mean)
         return mean, variance
