@@ -182,17 +182,22 @@ def save_quantized(model: fx.GraphModule, path: str | Path) -> None:
             "config": vars(model.meta["config"]),
             "image_shape": shape,
             "model": model.state_dict(),
-            "logits": _float_logits(copy.deepcopy(model).cpu().float(), shape),
+            "logits": torch.cat(_float_logits(copy.deepcopy(model).cpu().float(), shape)),
         },
     )
 
 
 @torch.no_grad()
-def _float_logits(model: fx.GraphModule, image_shape: tuple[int, ...]) -> Tensor:
-    """Of a random batch, always the same, without rounding, which may fall otherwise elsewhere."""
+def _float_logits(
+    model: fx.GraphModule, image_shape: tuple[int, ...], batches: int = 2
+) -> tuple[Tensor, ...]:
+    """Of random batches, always the same, without rounding, which may fall otherwise elsewhere.
+
+    Each is eight times as large as the one before: where a ReLU6 ends, it is no ReLU.
+    """
     images = torch.randn(4, *image_shape, generator=torch.Generator().manual_seed(0))
-    with unquantized(model):
-        return model.eval()(images)
+    with unquantized(model.eval()):
+        return tuple(model(8**i * images) for i in range(batches))
 
 
 @torch_defaults()
@@ -222,11 +227,13 @@ def load_quantized(path: str | Path, architecture: nn.Module) -> fx.GraphModule:
     expected, shape = state["logits"], tuple(state["image_shape"])
     model = build_student(traced(architecture, shape), config)
     load_matching(model, state["model"], str(path))
-    if expected.isfinite().all() and not same(_float_logits(model, shape), expected):
-        raise CheckpointError(
-            f"{path} is of another network: the architecture has its weights' names and shapes, "
-            "and gives other logits; give the one that it was made from"
-        )
+    batches = expected.split(4)  # one of them in files of before
+    for now, then in zip(_float_logits(model, shape, len(batches)), batches, strict=True):
+        if then.isfinite().all() and not same(now, then):
+            raise CheckpointError(
+                f"{path} is of another network: the architecture has its weights' names and "
+                "shapes, and gives other logits; give the one that it was made from"
+            )
     # As it was trained: another memory format would round differently.
     return channels_last(model)
 

@@ -8,6 +8,10 @@ CUDA's MPS; half of the kernels are joined into fewer, see kernels.py. The optio
 and so is the loop, but for what cannot be replayed: the shifts, boxes and real images are drawn on
 the device, so that a seed gives other numbers than compare.py's; and a loss that is not finite is
 told of at a checkpoint, or at the end.
+
+Side by side on one GPU, once `nvidia-cuda-mps-control -d` has started MPS, each rank the next run:
+
+    torchrun --standalone --nproc-per-node 6 benchmarks/evidence/graphed.py --out FOLDER ...
 """
 
 import functools
@@ -223,7 +227,8 @@ class Comparison(compare.Comparison):
 
 def main(argv: list[str]) -> int:
     """compare.py's exit status."""
-    argv = [*argv, "--jobs", "1"]  # in this process, whose classes are these
+    if not torch.distributed.is_torchelastic_launched():
+        argv = [*argv, "--jobs", "1"]  # in this process, whose classes are these
     try:
         args = command_line.parse(argv)
         if not args.device.startswith("cuda") or args.parallel:

@@ -28,7 +28,7 @@ from baselines.errors import CheckpointError, ConfigError, UnsupportedLayerError
 from baselines.quantization import checkpoint
 from baselines.quantization.student import build_student
 from baselines.quantization.tracing import traced
-from tests.baselines import Tiny, bits, images, raw, same_state, weights
+from tests.baselines import Tiny, bits, fill, images, raw, same_state, weights
 
 STEPS = 12
 TEACHER = Tiny()
@@ -453,6 +453,30 @@ def test_a_quantized_network_in_another_architecture(tmp_path):
         load_quantized(tmp_path / "net.pt", Scaled())
     assert torch.equal(load_quantized(tmp_path / "net.pt", Scaled(2.0))(images()),
                        result.model(images()))  # fmt: skip
+
+
+def test_a_quantized_network_with_another_activation(tmp_path):
+    def small(relu):  # whose activations stay below 6 for standard normal images
+        first, last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 3, 6)
+        layers = first, nn.BatchNorm2d(4), relu, last, nn.Flatten()
+        network = fill(nn.Sequential(*layers), seed=0)
+        with torch.no_grad():
+            network[1].weight.fill_(0.5)
+            network[1].bias.fill_(0)
+        return network
+
+    run(small(nn.ReLU())).save(tmp_path / "net.pt")
+    load_quantized(tmp_path / "net.pt", small(nn.ReLU()))
+    with pytest.raises(CheckpointError, match=r"is of another network: .* gives other logits"):
+        load_quantized(tmp_path / "net.pt", small(nn.ReLU6()))
+
+
+def test_a_quantized_network_of_a_file_with_one_batch_of_logits(tmp_path):
+    path, result = tmp_path / "net.pt", run()
+    result.save(path)
+    state = checkpoint.load(path)
+    checkpoint.save(path, state | {"logits": state["logits"][:4]})
+    assert torch.equal(load_quantized(path, Tiny())(images()), result.model(images()))
 
 
 def test_figures_of_any_kind_of_number(tmp_path):
