@@ -253,6 +253,7 @@ class AGM:
             if learning:  # the whole graph only now and then: a step is short
                 _check_graph("teacher_logits", teacher_logits, images, whole=measuring)
                 _check_graph("the student's logits", student_logits, images, whole=measuring)
+                _check_graph("the discrepancy", d, images, whole=measuring)
                 if measuring and isinstance(student, nn.Module):
                     _check_recomputation(student, student_logits, images)
             with torch.no_grad():
@@ -329,11 +330,12 @@ class AGM:
         """
         counts = ("evaluations", "turn", "student_asked", "num_classes")
         check_state(self, state, *counts, "running", "interpolation")
+        with torch.inference_mode(False):  # whose tensors no graph could save
+            running = {name: value.clone() for name, value in state["running"].items()}
         self.mix.load_state_dict(state["interpolation"])
+        self.running = running
         for name in counts:
             setattr(self, name, state[name])
-        with torch.inference_mode(False):  # whose tensors no graph could save
-            self.running = {name: value.clone() for name, value in state["running"].items()}
 
     def _follow(self, running: dict[str, Tensor], **now: Tensor) -> None:
         """Move the averages; a value that is not finite is forgotten, also if it is the first."""

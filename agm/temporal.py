@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agm.errors import AgmValueError, check_state
+from agm.functional import at_least_float32
 
 
 class DiversityProbe:
@@ -121,7 +122,7 @@ class DiversityProbe:
 
     def _gradient_norm(self, nan: Tensor) -> Tensor:
         parameters = self.generator.parameters() if isinstance(self.generator, nn.Module) else ()
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [at_least_float32(p.grad) for p in parameters if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients).to(nan) if gradients else nan
 
 

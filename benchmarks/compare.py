@@ -216,6 +216,12 @@ class Comparison:
             raise UsageError(
                 f"{self.out} holds a run; add --resume to go on, or choose another --out"
             )
+        rows = [self.out / f"{cell['name']}.json" for cell in self.cells]
+        if not known.exists() and (there := next((row for row in rows if row.exists()), None)):
+            raise UsageError(
+                f"{self.out} holds results ({there.name}) without the settings.json that says what "
+                "they were made with; choose another --out"
+            )
         now = self._settings()
         before = _read_json(known) if known.exists() else now
         if before != now:
@@ -402,8 +408,8 @@ class Comparison:
         done = [row["name"] for row in rows if row["error"] is None]
         images = {name: np.load(self.out / f"{name}.npy") / 255 for name in done}
         title = f"{self.args.model}, {self.args.recipe} recipe"
-        report.picture(rows, images, self.out / "report.png", title=title)
         print(f"\n{text}\n\n{report.LEGEND}\n")
+        report.picture(rows, images, self.out / "report.png", title=title)
         for why in dict.fromkeys(row["onnx_error"] for row in rows if row.get("onnx_error")):
             print(f"No ONNX file: {why}")
         print(f"Wrote {self.out / 'report.json'} and {self.out / 'report.png'}")
@@ -450,9 +456,12 @@ def _accuracies(of: str, figures: dict[str, float]) -> dict[str, float | None]:
     return {f"accuracy_{of}{which}": value for which, value in found.items()}
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return content
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} is damaged ({error}); choose another --out") from error
 
@@ -515,6 +524,8 @@ if __name__ == "__main__":
     from benchmarks.compare import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):  # some write no arrows
+        stream.reconfigure(errors="replace")
     status = main()
     if torch.distributed.is_torchelastic_launched():
         # gloo's threads may outlive their group, and an interpreter torn down under them aborts.

@@ -63,10 +63,21 @@ def number_of_jobs(asked: int | None, cells: int, device: str) -> int:
 def claimed(folder: Path, cell: Cell, *, blocking: bool = True) -> Any:
     """A context with a cell to oneself; without ``blocking`` it raises Timeout if it is taken.
 
-    Across machines it needs a file system whose locks all of them see, as NFS 4's are.
+    Across machines it needs a file system whose locks all of them see, as NFS 4's are. Where there
+    are none, of which :func:`benchmarks.process.locked` warns, ``blocking`` claims hold nothing.
     """
     folder.mkdir(exist_ok=True)
-    return FileLock(folder / cell["name"], blocking=blocking)
+    try:
+        return FileLock(folder / cell["name"]).acquire(blocking=blocking)
+    except Timeout:
+        raise
+    except OSError as error:
+        if blocking:
+            return contextlib.nullcontext()
+        raise UsageError(
+            f"{folder} has no locks ({error.strerror or error}), by which ranks share cells out; "
+            "choose an --out that has, or --parallel batch"
+        ) from error
 
 
 def shared(cells: Sequence[Cell], folder: Path, stop: Callable[[], bool]) -> Iterator[Cell]:

@@ -208,7 +208,8 @@ def plot_curves(
         if not steps:
             continue
         values = by * values
-        style = {"marker": ".", "label": f"{name}{ARM_NAMES[arm]}"} | (styles or {}).get(arm, {})
+        label_of_arm = name + ARM_NAMES[arm] + " (on the proof half)" * (arm == "real")
+        style = {"marker": ".", "label": label_of_arm} | (styles or {}).get(arm, {})
         (line,) = axis.plot(steps, values.mean(0), **style)
         low, high = values.min(0), values.max(0)
         axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
@@ -225,7 +226,8 @@ def picture(
     method at its first bit width: of the baseline, and of the add-on where it was compared.
 
     Args:
-        images: of some cells by name, (n, h, w, c) in [0, 1], c = 1 or 3.
+        images: of some cells by name, (n, h, w, c) in [0, 1]; of other channels than 1 or 3 their
+            mean is drawn.
     """
     import matplotlib
 
@@ -275,6 +277,8 @@ def mosaic(images: np.ndarray, rows: int = 4, columns: int = 8) -> np.ndarray:
 
     Images of more than 64 pixels are averaged down, as the picture would show their grid alone.
     """
+    if images.shape[3] not in (1, 3):
+        images = images.mean(3, keepdims=True)
     k = -(-images.shape[1] // 64)
     n, h, w, c = images.shape
     h, w = h // k, w // k

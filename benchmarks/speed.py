@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agm import AGM, AgmError, frozen_parameters
 from baselines import METHODS, RECIPES
+from baselines.quantization import checkpoint
 from baselines.quantization.copying import image_channels
 from baselines.quantization.export import export_onnx, float_onnx
 from baselines.quantization.policy import QuantizationConfig
@@ -42,7 +43,7 @@ from baselines.quantization.student import build_student
 from baselines.quantization.tracing import traced
 from baselines.training.bn_stats import batch_norm_statistics
 from baselines.training.parallel import bytes_per_step
-from baselines.training.trainer import Trainer
+from baselines.training.trainer import Trainer, resolve_device
 from benchmarks import report
 from benchmarks.errors import UsageError
 from benchmarks.plain import PlainTrainer, plain_formulas
@@ -386,20 +387,26 @@ def main() -> int:
             return 0
         if args.rounds < 2:
             raise UsageError(f"--rounds must be at least 2, for a spread; got {args.rounds}")
-        if args.out and not args.out.parent.is_dir():
-            raise UsageError(f"--out {str(args.out)!r} is in no folder; make the folder first")
+        for name in ("batch_size", "image_size"):
+            value = getattr(args, name)
+            if value is not None and value < 1:
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} must be at least 1, got {value}")
+        if args.out:
+            checkpoint.check_place(args.out)
+        resolve_device(args.device)
         made = provenance(args.device)
         print(", ".join(f"{k} {v}" for part in made.values() for k, v in part.items()))
         if args.deployed:
             results = {"deployed": deployed_times(args)}
         else:
             results = {method: profile(args, method) for method in args.baseline}
+        if args.out:
+            command = "python benchmarks/speed.py " + " ".join(args.argv)
+            report.write_json(args.out, {"command": command, "methods": results} | made)
     except AgmError as error:
         print(f"speed.py: error: {error}", file=sys.stderr)
         return 2
-    if args.out:
-        command = "python benchmarks/speed.py " + " ".join(args.argv)
-        report.write_json(args.out, {"command": command, "methods": results} | made)
     return 0
 
 

@@ -127,7 +127,7 @@ def load_task(args: argparse.Namespace) -> Task:
             "or --in-channels"
         ) from error
     got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if args.pretrained and args.num_classes is None and isinstance(got, tuple):
+    if args.pretrained and args.num_classes is None and isinstance(got, tuple) and len(got) == 2:
         num_classes = got[-1]  # the weights say
     if got != (2, num_classes):
         raise UsageError(

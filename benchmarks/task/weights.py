@@ -54,6 +54,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ],
         "unexpected keys": [k for k in state if k not in own],
         "mismatched shapes": [f"{k} {got} for {want}" for k, (got, want) in wrong.items()],
+        "other kinds of tensors": [k for k, v in state.items() if k in own and _other(v, own[k])],
     }
     found = [f"{what}: {_some(items)}" for what, items in problems.items() if items]
     if not found:
@@ -168,6 +169,15 @@ def _without_prefixes(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> di
 
 def _all_start(state: Mapping[str, Tensor], prefix: str) -> bool:
     return all(k.startswith(prefix) for k in state)
+
+
+def _other(given: Tensor, own: Tensor) -> bool:
+    """Whether a tensor cannot be copied as it is: without values, sparse, of integers' levels."""
+    plain = given.layout == torch.strided and not (given.is_quantized or given.is_meta)
+    same = (given.is_floating_point(), given.is_complex()) == (
+        own.is_floating_point(), own.is_complex()
+    )  # fmt: skip
+    return not plain or not (same or own.ndim == 0)  # num_batches_tracked, of whatever type
 
 
 def _some(items: Sequence[str]) -> str:

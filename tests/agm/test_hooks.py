@@ -512,6 +512,10 @@ def freed(loss):
         ({"teacher_logits": torch.zeros(4), "settings": {"loss": False}}, r"\(4,\)"),
         ({"settings": {"discrepancy": lambda t, s: (t - s).abs()}}, r"\(4, 3\)"),
         ({"settings": {"discrepancy": lambda t, s: (t - s).abs().mean()}}, r"\(\)"),
+        (
+            {"settings": {"discrepancy": lambda t, s: (t.argmax(1) != s.argmax(1)).double()}},
+            "the discrepancy must depend on images",
+        ),
     ],
 )
 def test_bad_call_is_a_named_error_and_changes_nothing(changes, received):
@@ -540,6 +544,14 @@ def test_a_state_that_lacks_something_is_a_named_error_and_changes_nothing(made)
             hook.load_state_dict(damaged)
     rng_state = hook.state_dict().get("interpolation", hook.state_dict())["rng"]
     assert torch.equal(rng_state, rng(1).get_state())
+
+
+def test_a_state_with_broken_averages_is_an_error_and_changes_nothing():
+    hook = AGM(seed=1)
+    before = hook.state_dict()
+    with pytest.raises(AttributeError):
+        hook.load_state_dict(AGM(seed=2).state_dict() | {"running": {"mean": None}})
+    assert torch.equal(hook.state_dict()["interpolation"]["rng"], before["interpolation"]["rng"])
 
 
 def test_a_pickled_hook_goes_on_as_the_first():

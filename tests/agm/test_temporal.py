@@ -176,6 +176,17 @@ def test_gradient_norm_is_the_loop(seed, present):
         assert math.isnan(got)
 
 
+def test_gradient_norm_of_large_float16_gradients():
+    class Half(nn.Linear):
+        def forward(self, z):
+            return super().forward(z.half()).float().view(-1, 3, 4, 4)
+
+    generator = Half(5, 48, bias=False).half()
+    generator.weight.grad = torch.full_like(generator.weight, 3e4)  # whose norm is no float16
+    got = DiversityProbe(generator, latents(), classifier())()["gradient_norm"]
+    assert got == pytest.approx(3e4 * math.sqrt(5 * 48), rel=1e-3)
+
+
 def test_several_latents_and_a_generator_that_is_no_module():
     z, labels = latents(), torch.arange(6)
     seen = []

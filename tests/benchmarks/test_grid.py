@@ -1,6 +1,7 @@
 """Cells side by side in processes: what they give, and how they end."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -210,12 +211,24 @@ def test_no_number_of_jobs(asked):
 
 
 def test_a_cell_that_is_claimed_comes_when_it_is_given_back(tmp_path):
-    other = claimed(tmp_path, {"name": "b"})
-    other.acquire()
+    other = contextlib.ExitStack()
+    other.enter_context(claimed(tmp_path, {"name": "b"}))
     running = shared(cells("a", "b", "c"), tmp_path, lambda: False)
     assert [next(running)["name"] for _ in range(2)] == ["a", "c"]
-    other.release()
+    other.close()
     assert [cell["name"] for cell in running] == ["b"]
+
+
+@pytest.mark.parametrize("refused", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_folder_without_locks_has_no_claims_and_no_sharing(tmp_path, monkeypatch, refused):
+    def refuse(*_):
+        raise OSError(refused, os.strerror(refused))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with claimed(tmp_path, {"name": "a"}):
+        pass
+    with pytest.raises(UsageError, match=r"has no locks.*choose an --out that has"):
+        next(shared(cells("a"), tmp_path, lambda: False))
 
 
 def test_waiting_for_a_claim_ends_with_a_signal(tmp_path):

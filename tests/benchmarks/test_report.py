@@ -274,6 +274,14 @@ def test_picture_of_failures_alone_and_without_accuracies(tmp_path):
         Image.open(tmp_path / "report.png").verify()
 
 
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_mosaic_of_other_channels_is_their_mean(channels):
+    images = np.random.default_rng(0).random((4, 3, 3, channels))
+    got = report.mosaic(images, rows=2, columns=2)
+    assert got.shape == (8, 8, 1)
+    np.testing.assert_allclose(got[:3, :3, 0], images[0].mean(2))
+
+
 def test_mosaic_lays_the_first_images_out_in_rows():
     images = np.stack([np.full((2, 3, 1), i / 100) for i in range(10)])
     got = report.mosaic(images, rows=2, columns=3)

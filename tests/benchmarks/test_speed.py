@@ -93,6 +93,30 @@ def test_mistakes(monkeypatch, capsys):
     assert line.startswith("speed.py: error: unknown model 'resnet21'")
 
 
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (("--out", "."), "'.' is a folder"),
+        (("--out", "nowhere/speed.json"), "is in no folder"),
+        (("--batch-size", "0"), "--batch-size must be at least 1, got 0"),
+        (("--image-size", "-8"), "--image-size must be at least 1, got -8"),
+        (("--device", "nonsense"), "'nonsense' cannot be used"),
+        pytest.param(
+            ("--device", "cuda"), "'cuda' cannot be used",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)  # fmt: skip
+def test_mistakes_before_anything_is_measured(monkeypatch, capsys, argv, part):
+    monkeypatch.setattr(speed, "profile", lambda *_: pytest.fail("measured"))
+    assert main(monkeypatch, *argv) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    (line,) = err.splitlines()
+    assert line.startswith("speed.py: error: ")
+    assert part in line
+
+
 def test_deployed_files(monkeypatch, tmp_path, capsys):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")

@@ -39,6 +39,15 @@ def cnn(act=nn.ReLU, norm=nn.BatchNorm2d, num_classes=10):
 def trained(num_classes=10, pretrained=False):
     return cnn(num_classes=20 if pretrained else num_classes)
 
+def scalar(num_classes=10, pretrained=False):
+    class Mean(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).mean()
+    return Mean(*cnn())
+
+def two_channels():
+    return nn.Sequential(nn.Conv2d(2, 8, 3, 2, 1), *list(cnn())[1:])
+
 def grouped():
     return cnn(lambda: nn.GroupNorm(2, 8))
 

@@ -95,6 +95,7 @@ MISTAKES = {
         ("--model", "nets:trained", "--pretrained", "--data", "images"),
         ("10 class folders", "expected 20"),
     ),
+    "pretrained of no classes": (("--model", "nets:scalar", "--pretrained"), ("returns ()",)),
     "nothing pretrained": (("--pretrained",), ("'digits'", "no pretrained weights")),
     "random weights of timm": (("--model", "timm:resnet18"), ("--pretrained", "--weights")),
     "a crop that is not there": (
@@ -161,6 +162,41 @@ def test_mistakes(name, weights, folder, home):
     assert not (home / "canary").exists()
     with pytest.raises(AgmError):  # which Python shows with its traceback
         compare.main([*BRIEF, *(str(a) for a in argv), *where, "--debug"])
+
+
+def test_results_without_their_settings(copied):
+    out, argv = copied
+    (out / "settings.json").unlink()
+    before = files(out)
+    for more in ((), ("--resume",), ("--steps", 4)):
+        line = complaint(*argv, *more)
+        assert "holds results" in line
+        assert "settings.json" in line
+    assert files(out) == before
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '"a"', "[1, 2]"])
+def test_settings_that_are_something_else(copied, content):
+    out, argv = copied
+    (out / "settings.json").write_text(content)
+    assert "settings.json is damaged" in complaint(*argv, "--resume")
+
+
+def test_a_terminal_without_arrows(copied):
+    _, argv = copied
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), *argv, "--resume"], text=True, capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "cp1252"}, encoding="cp1252",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "movement % ?" in run.stdout
+    assert "Reproduce: " in run.stdout
+
+
+def test_images_of_two_channels(home):
+    more = ("--mean", 0, 0, "--std", 1, 1, "--image-size", 16, "--out", "run")
+    ok(*BRIEF3, "--model", "nets:two_channels", *more)
+    assert (home / "run" / "report.png").stat().st_size > 1000
 
 
 def test_grey_images_that_a_network_repeats_to_three_channels(home):

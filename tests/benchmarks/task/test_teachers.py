@@ -450,6 +450,16 @@ WIDE = networks.ResNet(in_channels=1, widths=(8, 16, 64), blocks=1, num_classes=
             {**STATE, "linear.bias": torch.zeros(())},
             ("mismatched shapes: linear.bias () for (10,)",),
         ),
+        *(
+            ({**STATE, "linear.weight": other}, ("other kinds of tensors: linear.weight",))
+            for other in (
+                STATE["linear.weight"].to_sparse(),
+                torch.quantize_per_tensor(STATE["linear.weight"], 0.1, 0, torch.qint8),
+                STATE["linear.weight"].to("meta"),
+                STATE["linear.weight"].to(torch.int8),
+                STATE["linear.weight"].to(torch.complex64),
+            )
+        ),
     ],
 )
 def test_weights_that_do_not_fit(tmp_path, content, parts):
