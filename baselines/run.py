@@ -154,11 +154,11 @@ def quantize(
             weights of the step before.
         Interrupted: ``stop`` said so.
     """
-    counts = {"checkpoint_every": checkpoint_every, "records": records}
-    counts |= {} if eval_every is None else {"eval_every": eval_every}
-    for name, count in counts.items():
-        if not isinstance(count, Integral) or count < 1:
-            raise ConfigError(f"{name} must be a whole number >= 1, got {count!r}")
+    checkpoint_every = _whole("checkpoint_every", checkpoint_every, least=1)
+    records = _whole("records", records, least=1)
+    eval_every = None if eval_every is None else _whole("eval_every", eval_every, least=1)
+    image_size, seed = _whole("image_size", image_size), _whole("seed", seed)
+    in_channels = None if in_channels is None else _whole("in_channels", in_channels, least=1)
     calls = {"stop": stop, "on_step": on_step, "on_policy": on_policy}
     calls |= {} if evaluate is None else {"evaluate": evaluate}
     for name, call in calls.items():
@@ -252,21 +252,30 @@ def make_trainer(
     """The trainer that :func:`quantize` runs, all arguments checked; see there."""
     check_choice("method", method, METHODS)
     check_choice("recipe", recipe, RECIPES)
-    for name, value in (("image_size", image_size), ("seed", where.get("seed", 0))):
-        if not isinstance(value, Integral) or not 0 <= value < 2**63:
-            raise ConfigError(f"{name} must be a whole number >= 0, got {value!r}")
+    image_size = _whole("image_size", image_size)
+    where["seed"] = _whole("seed", where.get("seed", 0))
     losses, base = getattr(METHODS[method], recipe)(image_size)
-    changes = {"steps": steps, "batch_size": batch_size, "activations": activations}
-    plan = replace(base, **{k: v for k, v in changes.items() if v is not None})
+    lengths = {"steps": steps, "batch_size": batch_size}
+    changes: dict[str, Any] = {
+        name: _whole(name, value, least=1) for name, value in lengths.items() if value is not None
+    }
+    changes |= {} if activations is None else {"activations": activations}
+    plan = replace(base, **changes)
     config = plan.config(weight_bits, act_bits, scheme=scheme, edge_bits=edge_bits)
     if in_channels is None:
         in_channels = image_channels(teacher, image_size) or 3
-    if not isinstance(in_channels, int) or in_channels < 1:
-        raise ConfigError(f"in_channels must be a whole number >= 1, got {in_channels!r}")
+    in_channels = _whole("in_channels", in_channels, least=1)
     shape = (in_channels, image_size, image_size)
     return Trainer(
         teacher, method=losses, recipe=plan, config=config, image_shape=shape, hooks=hooks, **where
     )
+
+
+def _whole(name: str, value: Any, least: int = 0) -> int:
+    """``value``, of whatever library's integers, as Python's own."""
+    if not isinstance(value, Integral) or not least <= value < 2**63:
+        raise ConfigError(f"{name} must be a whole number >= {least}, got {value!r}")
+    return int(value)
 
 
 def _described(hook: Hook) -> str:
@@ -317,7 +326,12 @@ class _Run:
     def _judged(self, evaluate: Callable[[nn.Module], Any], known: Set[str]) -> dict[str, float]:
         """Its figures of the student, which stays as it was; ``known`` names are taken."""
         figures = evaluate(self.trainer.student)
-        self.trainer.student.requires_grad_(True).eval()
+        student = self.trainer.student.requires_grad_(True).eval().to(self.trainer.device)
+        if any(p.dtype != torch.float32 for p in student.parameters()):
+            raise ConfigError(
+                "evaluate left the student in another dtype than float32; let it change a copy, "
+                "copy.deepcopy(model)"
+            )
         given = figures if isinstance(figures, Mapping) else {"accuracy": figures}
         try:
             named = {name: float(value) for name, value in given.items()}

@@ -28,6 +28,11 @@ def own_copy(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modul
             f"expected a network, a torch.nn.Module, got {type(network).__name__}; build it and "
             "load its weights first"
         )
+    if isinstance(network, torch.jit.ScriptModule):
+        raise UnsupportedLayerError(
+            f"{type(network).__name__} is a TorchScript program; give the Python module that it "
+            "was made from, with its weights loaded"
+        )
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if tensor.is_meta or nn.parameter.is_lazy(tensor):
             what = "has no values, it is on the meta device" if tensor.is_meta else "is lazy"

@@ -139,9 +139,12 @@ def _proto(network: nn.Module, image_shape: tuple[int, int, int] | None = None) 
             )  # fmt: skip
         return program.model_proto
     except Exception as error:  # whatever the exporter may meet
-        why = str(error).splitlines()[0] if str(error) else ""
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        why = str(cause).splitlines()[0] if str(cause) else ""
         raise ExportError(
-            f"torch.onnx.export fails on this network ({type(error).__name__}: {why})"
+            f"torch.onnx.export fails on this network ({type(cause).__name__}: {why})"
         ) from error
     finally:
         for name, level in levels.items():

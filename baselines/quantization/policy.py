@@ -78,16 +78,18 @@ class BitPolicy:
         rows: (tensor, kind, bits, how).
         read, floating: how many activations weighted layers read, and how many of them are left in
             floating point.
+        beside: the parameters that are left in floating point as well.
     """
 
     rows: list[tuple[str, str, str, str]] = field(default_factory=list)
     read: int = 0
     floating: int = 0
+    beside: str = "biases and BatchNorms"
 
     def __str__(self) -> str:
         lines = aligned([("tensor", "kind", "bits", "how"), *self.rows])
         left = f"left in floating point: {self.floating} of {self.read} tensors that layers read"
-        return "\n".join([*lines, f"{left}; biases and BatchNorms"])
+        return "\n".join([*lines, f"{left}; {self.beside}"])
 
 
 def aligned(rows: list[tuple[str, str, str, str]]) -> list[str]:
@@ -116,6 +118,8 @@ def bit_policy(student: fx.GraphModule) -> BitPolicy:
             policy.rows.append((node.name, "activation", "float", "not behind a ReLU"))
             policy.floating += 1
     policy.read = len(read)
+    if any(isinstance(module, nn.PReLU) for module in student.modules()):
+        policy.beside = "biases, BatchNorms and the slopes of PReLUs"
     return policy
 
 

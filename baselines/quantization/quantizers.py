@@ -287,8 +287,10 @@ class ActivationQuantizer(nn.Module):
 
     def _read(self) -> tuple[tuple[int, int, int], bool]:
         """The bounds, and whether anything was observed, read from the device once a change."""
-        state = id(self.zero_point), self.zero_point._version
-        if not self._known or self._known[0] != state:
+        known = self.zero_point
+        # A tensor of inference mode counts no changes.
+        state = None if known.is_inference() else (id(known), known._version)
+        if state is None or not self._known or self._known[0] != state:
             scheme = "symmetric" if self.signed else "asymmetric"
             qmin, qmax = integer_range(self.bit_width, scheme, signed=self.signed)
             self._known = (state, (qmin, qmax, int(self.zero_point)), bool(self.batches > 0))

@@ -1,11 +1,8 @@
 """From a traced network to its quantized copy."""
 
 import copy
-import operator
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
@@ -32,12 +29,6 @@ from baselines.quantization.placement import (
 from baselines.quantization.policy import QuantizationConfig
 from baselines.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 
-# Products of two activations: no layer's weight is in them, and no quantizer would see them.
-_PRODUCTS = (
-    torch.matmul, torch.bmm, torch.mm, torch.einsum, torch.baddbmm, torch.addmm, operator.matmul,
-    F.scaled_dot_product_attention, F.multi_head_attention_forward, F.bilinear,
-)  # fmt: skip
-_PRODUCT_METHODS = ("matmul", "bmm", "mm", "baddbmm", "addmm")
 EDGE_BITS = 8  # of the image, averages and the last layer's input
 
 
@@ -83,9 +74,7 @@ def _refuse_unsupported(student: fx.GraphModule) -> None:
                 f"{node.name!r} ({node.target.__name__}) has weights that are computed from the "
                 "images; only constant ones can be quantized"
             )
-        if (node.op == "call_function" and node.target in _PRODUCTS) or (
-            node.op == "call_method" and node.target in _PRODUCT_METHODS
-        ):
+        if node.meta.get("product"):  # no layer's weight is in it, no quantizer would see it
             raise UnsupportedLayerError(
                 f"{node.name!r} multiplies matrices outside of a layer, as attention does, and "
                 "cannot be quantized; supported are networks of Conv, Linear and BatchNorm layers"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from baselines.errors import ConfigError, UnsupportedLayerError
 from baselines.quantization.canonical import canonical
@@ -20,6 +21,13 @@ from baselines.quantization.copying import own_copy, without_hooks
 from baselines.quantization.graph import attribute, check_logits_shape, cleaned
 
 _TRACING = threading.Lock()  # torch.fx patches nn.Module while it traces
+EXAMPLE = 5  # images; a size that is one of a layer, too, could be taken for the batch's
+# Products of two activations outside of a layer, by what all their spellings come to.
+_PRODUCTS = (
+    "mm", "bmm", "addmm", "baddbmm", "addbmm", "dot", "vdot", "mv", "addmv", "convolution",
+    "_trilinear", "_cdist_forward", "_euclidean_dist", "_native_multi_head_attention",
+    "_scaled_dot_product",
+)  # fmt: skip
 
 
 def traced(
@@ -38,7 +46,7 @@ def traced(
         UnsupportedLayerError: if torch.fx cannot follow its forward, or a weight is not there yet.
     """
     network = without_hooks(own_copy(network, dtype))
-    example = torch.zeros(2, *image_shape, dtype=dtype)
+    example = torch.zeros(EXAMPLE, *image_shape, dtype=dtype)
     size = "x".join(map(str, image_shape))
     try:
         with torch.no_grad():
@@ -47,12 +55,13 @@ def traced(
         raise
     except Exception as error:  # the user's forward may raise anything
         raise ConfigError(
-            f"the network does not take {size} images ({error}); set image_size, or in_channels"
+            f"the network does not take {size} images ({error}); set image_size, or in_channels; "
+            "its forward must take a batch of any size"
         ) from error
+    _check_other_batch(network, example, type(network).__name__)
     entry = _Entry(network)
     try:
-        with torch.no_grad(), _TRACING:
-            graph = _ValueTracer(example).trace(entry)
+        graph = _graph(entry, example)
     except Exception as error:
         raise UnsupportedLayerError(
             f"{type(network).__name__} cannot be traced by torch.fx ({type(error).__name__}: "
@@ -75,16 +84,33 @@ def traced(
     canonical(result)
     result.meta["image_shape"] = tuple(image_shape)
     result = cleaned(result)
+    _check_other_batch(result, example, f"the copy of {type(network).__name__}")
+    return result
+
+
+def _graph(entry: nn.Module, example: Tensor) -> fx.Graph:
+    """Buffers are values that a forward may branch on, or, if need be, parts of the graph."""
+    first = None
+    for buffers in (False, True):
+        tracer = _ValueTracer(example)
+        tracer.proxy_buffer_attributes = buffers
+        try:
+            with torch.no_grad(), _TRACING:
+                return tracer.trace(entry)
+        except Exception as error:
+            first = first or error
+    raise first
+
+
+def _check_other_batch(network: nn.Module, example: Tensor, what: str) -> None:
     try:
         with torch.no_grad():
-            result(torch.zeros(len(example) + 1, *image_shape, dtype=dtype))
+            network(torch.cat([example, example[:1]]))
     except Exception as error:
         raise UnsupportedLayerError(
-            f"the copy of {type(network).__name__} takes {len(example)} images, and not "
-            f"{len(example) + 1} ({type(error).__name__}: {error}); its forward must take a batch "
-            "of any size"
+            f"{what} takes {len(example)} images, and not {len(example) + 1} "
+            f"({type(error).__name__}: {error}); its forward must take a batch of any size"
         ) from error
-    return result
 
 
 def _kept(network: nn.Module, constant: Tensor) -> str:
@@ -150,13 +176,15 @@ class _ValueTracer(fx.Tracer):
         self.evaluating = True
         try:
             given, named = fx.node.map_arg((node.args, node.kwargs), self._value_of)
-            value = self._value(kind, target, given, named)
+            with _Products() as products:
+                value = self._value(kind, target, given, named)
         finally:
             self.evaluating = False
         self.values[node] = value
         node.meta["is_tensor"] = isinstance(value, Tensor)
         if kind == "placeholder" or any(n in self.of_images for n in node.all_input_nodes):
             self.of_images.add(node)
+            node.meta["product"] = kind in ("call_function", "call_method") and products.found
         if kind == "placeholder":
             self.batch = proxy.size(0)
         return proxy
@@ -186,6 +214,17 @@ class _ValueTracer(fx.Tracer):
         return self.create_proxy("call_method", "size", (proxy, 0), {})
 
 
+class _Products(TorchDispatchMode):
+    """Whether what runs inside multiplies matrices."""
+
+    found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.found |= name in _PRODUCTS or name.startswith(_PRODUCTS[-1])
+        return func(*args, **(kwargs or {}))
+
+
 class _ValueProxy(fx.Proxy):
     @property
     def _value(self) -> Any:
@@ -198,6 +237,10 @@ class _ValueProxy(fx.Proxy):
                 return tuple(self.tracer.size(self, i) for i in range(value.ndim))
             if name in ("ndim", "dtype", "is_cuda", "layout", "requires_grad"):
                 return getattr(value, name)
+            if name == "data":
+                return self.tracer.create_proxy("call_method", "detach", (self,), {})
+            if isinstance(getattr(value, name, None), Tensor):  # such as .T
+                return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return super().__getattr__(name)
 
     def size(self, dim: int | None = None) -> Any:

@@ -23,6 +23,7 @@ the images in the generator's turn is not run on them again in its own.
 import copy
 import platform
 import threading
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from numbers import Number
@@ -152,6 +153,7 @@ class Trainer:
         folded = channels_last(with_folded_norms(network))
         reference.check(folded, "teacher's")
         self.teacher = folded.requires_grad_(False).to(self.device)
+        self.precision = self._tried(precision, reference.images)
         self.layers = normalising_layers(self.teacher, relative=recipe.relative_bns)
         self.compared = Layers(self.teacher, self.student)
         self.num_classes = number_of_classes(reference.logits)
@@ -180,6 +182,23 @@ class Trainer:
         # To ask is to wait for the device, which costs nothing on the CPU alone.
         self.ask_every = 1 if self.device.type == "cpu" else 50
         self._unasked: list[tuple[int, list[str], Tensor]] = []
+
+    @torch.no_grad()
+    def _tried(self, asked: str, images: Tensor) -> str:
+        """The precision, once both networks have run in it; float32 where they need not."""
+        if self.precision != "bf16":
+            return self.precision
+        images = images.to(self.device, memory_format=torch.channels_last)
+        try:
+            for network in (self.teacher, self.student):
+                self._run(network.forward, images.clone())  # called, torch.fx prints its errors
+        except RuntimeError as error:
+            why = f"the network does not run in bf16 ({error})"
+            if asked == "bf16":
+                raise ConfigError(f"{why}; set precision to fp32") from error
+            warnings.warn(f"{why}, and trains in fp32", stacklevel=6)
+            return "fp32"
+        return self.precision
 
     @property
     def policy(self) -> BitPolicy:

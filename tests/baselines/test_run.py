@@ -28,6 +28,7 @@ from baselines.errors import CheckpointError, ConfigError, UnsupportedLayerError
 from baselines.quantization import checkpoint
 from baselines.quantization.student import build_student
 from baselines.quantization.tracing import traced
+from baselines.training.trainer import resolve_precision
 from tests.baselines import Tiny, bits, fill, images, raw, same_state, weights
 
 STEPS = 12
@@ -810,3 +811,51 @@ def test_probabilities_are_refused_and_their_logarithm_is_not(last):
     with pytest.raises(UnsupportedLayerError, match=r"probabilities.*without its last softmax"):
         run(nn.Sequential(Tiny(), last))
     assert run(nn.Sequential(Tiny(), nn.LogSoftmax(1))).history
+
+
+def test_a_network_that_does_not_run_in_bf16():
+    class Mixed(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("offset", torch.zeros(1, 4, 1, 1))
+
+        def forward(self, x):
+            x = self.conv(x)
+            return super().forward(x[:, :3] + torch.lerp(x, self.offset.expand_as(x), 0.5)[:, :3])
+
+    network = Mixed()
+    network.conv = nn.Conv2d(3, 4, 3, padding=1)
+    with pytest.raises(ConfigError, match=r"does not run in bf16.*set precision to fp32"):
+        run(network, precision="bf16")
+    if resolve_precision("auto", torch.device("cpu")) == "bf16":
+        with pytest.warns(UserWarning, match=r"does not run in bf16.*trains in fp32"):
+            assert run(network, precision="auto").precision == "fp32"
+    assert run(network, precision="fp32").precision == "fp32"
+
+
+def test_numpys_integers_are_integers(tmp_path):
+    lengths = {"steps": 6, "batch_size": 4, "image_size": 8, "seed": 3, "in_channels": 3}
+    counts = {"records": 2, "eval_every": 2, "checkpoint_every": 2}
+    asked = {"evaluate": lambda model: 0.5}
+    plain = run(**lengths, **counts, **asked)
+    given = {name: np.int64(value) for name, value in (lengths | counts).items()}
+    result = run(**given, **asked, checkpoint_path=tmp_path / "run.pt")
+    assert same_result(result, plain)
+    result.save(tmp_path / "net.pt")
+    load_quantized(tmp_path / "net.pt", Tiny())
+
+
+def test_a_student_in_inference_mode(tmp_path):
+    result = run()
+    result.save(tmp_path / "net.pt")
+    x = images()
+    want = result.model(x)
+    with torch.inference_mode():
+        moved = load_quantized(tmp_path / "net.pt", Tiny()).double().float()
+        assert torch.equal(moved(x), want)
+        assert torch.equal(copy.deepcopy(result.model)(x), want)
+
+
+def test_an_evaluation_that_changes_the_students_dtype():
+    with pytest.raises(ConfigError, match=r"evaluate left the student in another dtype.*deepcopy"):
+        run(evaluate=lambda model: (model.double(), 0.5)[1])

@@ -641,7 +641,7 @@ def test_refused_before_training_starts():
             return F.relu(self.net.bn0(self.net.conv0(x)))
 
     method, recipe = gdfq.paper(8)
-    with pytest.raises(UnsupportedLayerError, match=r"logits \(N, C\).*returned \(2, 4, 8, 8\)"):
+    with pytest.raises(UnsupportedLayerError, match=r"logits \(N, C\).*returned \(5, 4, 8, 8\)"):
         Trainer(
             Features(), method=method, recipe=recipe, config=QuantizationConfig(),
             image_shape=(3, 8, 8),

@@ -239,7 +239,7 @@ def test_a_copy_that_knows_one_size_of_batch_alone():
         def forward(self, x):
             return super().forward(x.view(2, 3, 8, 8))
 
-    with pytest.raises(UnsupportedLayerError, match=r"not 3 .* a batch of any size"):
+    with pytest.raises(ConfigError, match=r"does not take 3x8x8 images.*a batch of any size"):
         quantize(Two(), image_size=8, steps=4)
 
 
@@ -600,7 +600,7 @@ def test_channels_of_the_images():
 
 
 def test_logits_of_more_images_than_were_given_are_refused():
-    with pytest.raises(UnsupportedLayerError, match=r"for 2 images it returned \(6, 5\)"):
+    with pytest.raises(UnsupportedLayerError, match=r"for 5 images it returned \(15, 5\)"):
         check(Head(lambda x: x.reshape(-1, 1, 8, 8), nn.Conv2d(1, 4, 3)))
 
 
@@ -615,3 +615,82 @@ def test_a_network_that_is_its_own_copy_is_refused_and_left_alone():
         check(net)
     assert net.training
     assert handle.id in net._forward_hooks
+
+
+class Inside(Head):
+    """What ``inside`` does, on 6 channels of 8 x 8."""
+
+    def __init__(self, inside):
+        super().__init__(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 3))
+        self.register_buffer("square", torch.linspace(-1, 1, 36).view(6, 6))
+        self.register_buffer("row", torch.linspace(-1, 1, 8).view(1, 1, 1, 8))
+        self.inside = inside
+
+    def forward(self, x):
+        x = self.inside(self, self.anything(x))
+        return self.fc(F.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+PRODUCTS = {
+    "operator": lambda net, x: x @ x,
+    "matmul": lambda net, x: torch.linalg.matmul(x, x),
+    "multi_dot": lambda net, x: x * torch.linalg.multi_dot([x[0, 0], x[0, 0], x[0, 0]]),
+    "bmm": lambda net, x: x[:, 0].bmm(x[:, 1])[:, None] + x,
+    "addbmm": lambda net, x: x + torch.addbmm(x[0, 0], x[:, 0], x[:, 1]),
+    "cdist": lambda net, x: torch.cdist(x, x),
+    "einsum": lambda net, x: torch.einsum("bchw,bcwk->bchk", x, x),
+    "tensordot": lambda net, x: torch.tensordot(x, net.square, ([1], [0])).permute(0, 3, 1, 2),
+    "attention": lambda net, x: F.scaled_dot_product_attention(x, x, x),
+    "convolution": lambda net, x: torch.convolution(
+        x, x[:4, :, :3, :3], None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1
+    ).repeat(1, 2, 1, 1)[:, :6],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_of_activations_in_any_spelling(name):
+    graph = traced(Inside(PRODUCTS[name]), SHAPE)
+    with pytest.raises(UnsupportedLayerError, match="multiplies matrices outside of a layer"):
+        build_student(graph, QuantizationConfig(3, 3))
+
+
+def shuffled(net, x):
+    n, c, h, w = x.data.size()
+    assert c % 2 == 0
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        lambda net, x: x * (net.square @ net.square)[:, :1, None].mT.reshape(1, 6, 1, 1),
+        shuffled,
+        lambda net, x: x - x.data.mean(),
+        lambda net, x: x + x.mT,
+        lambda net, x: x + net.row.expand(x.size(0), -1, -1, -1),
+        lambda net, x: (lambda both: both.sum(0) / both.shape[0])(torch.stack([x, x.square()])),
+        lambda net, x: x * 2 if net.row.sum() < 1 else x,
+    ],
+    ids=["product of constants", "data.size", "data", "mT", "expanded", "two branches", "branch"],
+)
+def test_what_a_forward_does(inside):
+    network = Inside(inside)
+    build_student(check(network), QuantizationConfig(3, 3))
+    check(network, images(3))
+
+
+@pytest.mark.parametrize("made", [torch.jit.script, lambda n: torch.jit.trace(n, images())])
+def test_torchscript_is_refused_by_name(made):
+    with pytest.raises(UnsupportedLayerError, match=r"TorchScript.*give the Python module"):
+        traced(made(Head()), SHAPE)
+
+
+def test_a_network_for_one_number_of_images():
+    class One(Head):
+        def forward(self, x):
+            if len(x) % 5:
+                raise ValueError("fives, please")
+            return super().forward(x)
+
+    with pytest.raises(UnsupportedLayerError, match=r"One takes 5 images, and not 6.*any size"):
+        traced(One(), SHAPE)
