@@ -382,12 +382,20 @@ def _check_graph(what: str, value: Tensor, images: Tensor, *, whole: bool = True
         raise AgmValueError(
             "images carry no graph: pass the generator's output itself, not a detached copy"
         )
-    goal = get_gradient_edge(images).node if whole else None
-    if not value.requires_grad or (goal is not None and goal not in _graph(value, goal)):
+    if not value.requires_grad or (whole and not _leads(value, images)):
         raise AgmValueError(
             f"{what} must depend on images, and the graph does not lead there: compute them from "
-            "the images that are given, without torch.no_grad() or detach()"
+            "the images that are given, without torch.no_grad() or detach(), and compile the "
+            "networks, not the step"
         )
+
+
+def _leads(value: Tensor, images: Tensor) -> bool:
+    """Whether the graph of ``value`` leads to ``images``, not to what was made together with it."""
+    start, goal = get_gradient_edge(value), get_gradient_edge(images)
+    edge = goal.node, goal.output_nr
+    nodes = (node for node in _graph(value, goal.node) if node is not goal.node)
+    return (start.node, start.output_nr) == edge or any(edge in n.next_functions for n in nodes)
 
 
 def _graph(value: Tensor, goal: Node) -> Iterator[Node]:

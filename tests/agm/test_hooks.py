@@ -546,6 +546,25 @@ def test_a_state_that_lacks_something_is_a_named_error_and_changes_nothing(made)
     assert torch.equal(rng_state, rng(1).get_state())
 
 
+def test_terms_that_were_made_together_with_the_images():
+    class Together(torch.autograd.Function):  # as one compiled graph of both is
+        @staticmethod
+        def forward(ctx, z):
+            return 2 * z, z.sum()
+
+        @staticmethod
+        def backward(ctx, grad, grad_sum):
+            return 2 * grad + grad_sum
+
+    (step,) = steps(0, 1)
+    images, total = Together.apply(step["images"].detach().requires_grad_())
+    logits = images.flatten(1)[:, :3] * 2
+    given = {"images": images, "teacher_logits": logits, "student": lambda x: x.flatten(1)[:, :3]}
+    with pytest.raises(AgmError, match=r"other_terms must depend on images.*not the step"):
+        AGM().generator_loss(**given, other_terms=total)
+    AGM().generator_loss(**given, other_terms=total + images.mean()).backward()
+
+
 def test_a_state_with_broken_averages_is_an_error_and_changes_nothing():
     hook = AGM(seed=1)
     before = hook.state_dict()
