@@ -36,10 +36,11 @@ def traced(
     """A copy of ``network`` in eval mode and in ``dtype``, as a graph for images of one size.
 
     Weights lie in Conv, Linear and BatchNorm modules, also those that were used by functions or by
-    subclasses with a forward of their own; weight_norm, spectral_norm, other parametrizations and
-    pruning are baked into them. Defaults of ``forward``'s further arguments are bound. Nothing is
-    done in place. No hook is carried over:
-    :class:`baselines.quantization.reference.Reference` says whether that made a difference.
+    subclasses with a forward of their own, and those of buffers, such as a blur's filter, which a
+    student then learns; weight_norm, spectral_norm, other parametrizations and pruning are baked
+    into them. Defaults of ``forward``'s further arguments are bound. Nothing is done in place. No
+    hook is carried over: :class:`baselines.quantization.reference.Reference` says whether that made
+    a difference.
 
     Raises:
         ConfigError: if it does not take such images.

@@ -103,7 +103,7 @@ class Trainer:
         seed: of the generator's initial weights and of all draws.
         device: where to train.
         precision: ``"fp32"`` or ``"bf16"`` (autocast), or ``"auto"``: bf16 where the device
-            computes in it, else fp32.
+            computes in it and the network runs in it, else fp32.
         ranks: the processes that share each batch; see :mod:`baselines.training.parallel`.
 
     Attributes:
