@@ -28,6 +28,8 @@ settings.load_profile("agm")
 torch.set_num_threads(1)  # the tensors are tiny: threads only cost
 # compare.py's cells run here, where a test can reach them, unless it asks for --jobs.
 os.environ["LOKY_MAX_CPU_COUNT"] = "1"
+if not torch.cuda.is_available():  # before anything imports Triton, which reads it then and later
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 class Campaign:

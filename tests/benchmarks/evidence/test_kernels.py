@@ -1,9 +1,7 @@
 """The joined kernels compute what the operations do that they stand in for."""
 
-import os
 from contextlib import nullcontext
 from dataclasses import replace
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,19 +19,10 @@ from baselines.training.trainer import Trainer
 from tests.baselines import Tiny, fill
 from tests.strategies import rng
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = {"TRITON_INTERPRET": str(int(DEVICE == "cpu"))}  # read at the import, and later
-with patch.dict(os.environ, INTERPRETED):
-    pytest.importorskip("triton", reason="comes with torch's builds for CUDA")
-    from benchmarks.evidence.kernels import _taken, fused
+pytest.importorskip("triton", reason="comes with torch's builds for CUDA")
+from benchmarks.evidence.kernels import _taken, fused
 
-
-@pytest.fixture(autouse=True)
-def interpreted():
-    with patch.dict(os.environ, INTERPRETED):
-        yield
-
-
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton interprets, see conftest.py
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
