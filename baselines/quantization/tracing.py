@@ -26,7 +26,6 @@ EXAMPLE = 5  # images; a size that is one of a layer, too, could be taken for th
 _PRODUCTS = (
     "mm", "bmm", "addmm", "baddbmm", "addbmm", "dot", "vdot", "mv", "addmv", "convolution",
     "_trilinear", "_cdist_forward", "_euclidean_dist", "_native_multi_head_attention",
-    "_scaled_dot_product",
 )  # fmt: skip
 
 
@@ -222,7 +221,7 @@ class _Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        self.found |= name in _PRODUCTS or name.startswith(_PRODUCTS[-1])
+        self.found |= name in _PRODUCTS or name.startswith("_scaled_dot_product")
         return func(*args, **(kwargs or {}))
 
 
