@@ -45,6 +45,7 @@ CIFAR100, CIFAR10, IMAGENET = NETWORKS.values()
 # The arguments of compare.py, and how many seeds: of settings in which each method is judged,
 SETTINGS = {
     "resnet20-w2a2-1200": (f"{CIFAR10} --bits 2 --steps 1200 {ROOM}", 5),
+    "cifar100-w2a2": (f"{CIFAR100} --bits 2 --steps 1200 {ROOM}", 5),
     "cifar100-w3a3": (f"{CIFAR100} --bits 3 --steps 1200 {ROOM}", 5),
     "resnet20-w2a2": (f"{CIFAR10} --bits 2 {ROOM}", 5),
     "resnet20-w3a3": (f"{CIFAR10} --bits 3 {ROOM}", 5),
