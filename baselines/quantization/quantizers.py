@@ -105,7 +105,7 @@ def fake_quantize(
             too, with the zero point held: (quantized - x) / scale inside, quantized / scale outside
             (Esser et al., "Learned Step Size Quantization", ICLR 2020).
         nonnegative: x and qmin - zero_point are known to be >= 0 and 0: nothing is below the range,
-            and the clipped gradient is cheaper by half.
+            and the clipped gradient is cheaper.
     """
     lower, upper = qmin - zero_point, qmax - zero_point
     return _FakeQuantize.apply(x, scale, lower, upper, ste == "clipped", nonnegative)
@@ -282,7 +282,7 @@ class ActivationQuantizer(nn.Module):
         self.zero_point.copy_(zero_point)
 
     def bounds(self) -> tuple[int, int, int]:
-        """(qmin, qmax, zero_point) as numbers, with which a clamp is ten times faster in bf16."""
+        """(qmin, qmax, zero_point) as numbers, with which a clamp is much faster in bf16."""
         return self._read()[0]
 
     def _read(self) -> tuple[tuple[int, int, int], bool]:

@@ -121,7 +121,7 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 class _ChannelMoments(torch.autograd.Function):
     """torch.var_mean over all but dim 1, and its gradient, by batch normalisation's kernels.
 
-    Those are made for channels: on the CPU var_mean and a broadcast a * x + b are 10 times slower.
+    Those are made for channels: var_mean and a broadcast a * x + b are much slower on the CPU.
     """
 
     @staticmethod

@@ -83,7 +83,7 @@ class ClassNorm(nn.Module):
         x = self.norm(x)
         if self.norm.affine:
             return x
-        # In x's dtype and in one operation: under autocast five times faster, both ways.
+        # In x's dtype and in one operation: under autocast several times faster, both ways.
         gain, shift = (of(labels).to(x.dtype)[..., None, None] for of in (self.gain, self.shift))
         return torch.addcmul(shift, x, gain)
 

@@ -58,11 +58,9 @@ SETTINGS = {
 SHOWN = ("resnet20", "resnet20-100", "resnet20-1200", "digits-600")
 LITTLE_ROOM = ("ResNet-20 W3A3", "ResNet-20 W4A4")
 # Rows whose pairs are put together, beside those of one setting's methods.
-AT_W2A2 = ("ResNet-20 W2A2 GDFQ", "ResNet-20, 1,200 steps, W2A2 GDFQ")
 POOLED = {
-    "ResNet-20, W2A2 GDFQ, both lengths": AT_W2A2,
-    "ResNet-20, W2A2, both lengths, all methods": (
-        *AT_W2A2, "ResNet-20, 1,200 steps, W2A2 Qimera", "ResNet-20, 1,200 steps, W2A2 AdaDFQ",
+    "ResNet-20, W2A2 GDFQ, both lengths": (
+        "ResNet-20 W2A2 GDFQ", "ResNet-20, 1,200 steps, W2A2 GDFQ",
     ),
     "ResNet-20, default length, GDFQ at W2A2, W4A4 and CIFAR-100's W3A3": (
         "ResNet-20 W2A2 GDFQ", "ResNet-20 W4A4 GDFQ", "ResNet-20, CIFAR-100, W3A3 GDFQ",
@@ -80,7 +78,9 @@ def proof_rows(folder: Path, settings: Iterable[str] = SETTINGS) -> list[Row]:
     cells: dict[str, list[Cell]] = {name: [] for name in SETTINGS}
     for path in sorted(folder.glob("*.json")):
         file = json.loads(path.read_text())
-        cells[setting(file["arguments"])] += file["cells"]
+        cells[setting(file["arguments"])] += [
+            cell | {"origin": _origin(file["sources"][cell["source"]])} for cell in file["cells"]
+        ]
     rows = []
     longer = {usual: name for name, usual in EQUAL_TIME.items()}
     for name in settings:
@@ -94,6 +94,13 @@ def proof_rows(folder: Path, settings: Iterable[str] = SETTINGS) -> list[Row]:
                 arms |= {"longer": same.get("none", [])}
             rows.append((_title(name, run), arms))
     return rows
+
+
+def _origin(source: dict[str, Any]) -> str:
+    """The commit that a cell was trained at, and the GPU if it was one."""
+    commit, dirty, gpu = *source["versions"]["commit"].partition("-")[::2], source["machine"]["gpu"]
+    name = commit[:7] + ("-dirty" if dirty else "")
+    return f"{name} ({gpu.split()[1]})" if gpu else name
 
 
 def _order(item: tuple[tuple[str, int, int], Any]) -> tuple[int, int, int]:
@@ -138,8 +145,9 @@ def _room_line(title: str, arms: dict[str, list[Cell]]) -> str:
 def proof_table(rows: list[Row]) -> str:
     """Accuracy of the baseline and each arm's paired difference to it, as Markdown.
 
-    Below several methods of one setting, all of them together. n: seeds of the baseline, then of
-    each arm's pairs.
+    Below several methods of one setting, all of them together, over the seeds that each has. n:
+    seeds of the baseline, then of each arm's pairs. Last the commits; "a against b" where a
+    baseline is not of its pair's.
     """
     return _proof_lines(_with_all_together(rows))
 
@@ -155,8 +163,8 @@ def pooled_table(rows: list[Row]) -> str:
 def _proof_lines(rows: Iterable[tuple[str, list[dict[str, list[Cell]]]]]) -> str:
     lines = [
         "| | baseline, all images % | proof half % | + loss | + interpolation | **+ both** "
-        "| real images | n |",
-        "|---|---|---|---|---|---|---|---|",
+        "| real images | n | commits |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*lines, *(_proof_line(title, methods) for title, methods in rows)])
 
@@ -176,35 +184,56 @@ def _proof_line(title: str, methods: list[dict[str, list[Cell]]]) -> str:
     if len(methods) == 1:
         everywhere = report.by_seed(methods[0]["none"], "accuracy_last")
         line[1:] = [report.mean_std(list(runs.values())) for runs in (everywhere, bases[0])]
-    counts.append(str(len(set().union(*bases))))
+    counts.append(str(len(set(bases[0]).intersection(*bases))))
     for arm in report.ARMS[1:]:
         others = [report.by_seed(arms.get(arm, []), "accuracy_proof") for arms in methods]
         alone = len(methods) > 1 and sum(map(bool, others)) < 2  # nothing to put together
         text, n = _difference([] if alone else list(zip(bases, others, strict=True)))
         line.append(text)
         counts += [str(n)] if n else []
-    return "| " + " | ".join([*line, ", ".join(counts)]) + " |"
+    return "| " + " | ".join([*line, ", ".join(counts), _commits(methods)]) + " |"
 
 
 def _difference(pairs: list[tuple[dict[int, float], dict[int, float]]]) -> tuple[str, int]:
     """The paired difference and its n, "" and 0 if there is none.
 
-    Of several pairs of arms a seed's is their mean: one seed's runs are not independent.
+    Of several pairs of arms a seed's is their mean, since one seed's runs are not independent; a
+    seed that one of them lacks is left out, so that each counts the same.
     """
-    found: dict[int, list[float]] = {}
-    for base, other in pairs:
-        for seed in base.keys() & other.keys():
-            found.setdefault(seed, []).append(other[seed] - base[seed])
-    means = {seed: sum(values) / len(values) for seed, values in found.items()}
+    found = [
+        {seed: other[seed] - base[seed] for seed in base.keys() & other.keys()}
+        for base, other in pairs
+        if other
+    ]
+    seeds = set.intersection(*map(set, found)) if found else ()
+    means = {seed: sum(values[seed] for values in found) / len(found) for seed in seeds}
     difference = report.paired_difference(dict.fromkeys(means, 0.0), means)
     return report.difference_text(difference).rpartition(", n=")[0], len(means)
+
+
+def _commits(methods: list[dict[str, list[Cell]]]) -> str:
+    """Where the runs of a row's seeds are from, each once, in the order of the seeds."""
+    origins = [{cell["seed"]: cell["origin"] for cell in arms["none"]} for arms in methods]
+    shared = set(origins[0]).intersection(*origins)
+    found: dict[str, None] = {}
+    for bases, arms in zip(origins, methods, strict=True):
+        pairs = [
+            (cell["seed"], cell["origin"])
+            for arm in report.ARMS[1:]
+            for cell in arms.get(arm, [])
+            if cell["seed"] in shared
+        ]
+        for seed, origin in sorted(pairs or bases.items()):
+            same = origin == bases[seed]
+            found[origin if same else f"{bases[seed]} against {origin}"] = None
+    return ", ".join(found)
 
 
 def controls_table(records: Path, rows: list[Row]) -> str:
     """controls.py's table of every setting that it was run in with today's constants.
 
-    Arms that its records lack there are the proof's; a baseline that is as long as interpolation
-    alone takes is set against it.
+    What its records lack there, arms or seeds, is the proof's; a baseline that is as long as
+    interpolation alone takes is set against it.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     usual: dict[str, str] = {}
@@ -219,9 +248,13 @@ def controls_table(records: Path, rows: list[Row]) -> str:
     for title, runs in groups.items():
         same = groups.get(usual.get(title, ""), [])
         runs += [run for run in same if run["arm"] == "interpolation"]
-        present = {run["arm"] for run in runs}
-        for arm in {"none", *report.PARTS} - present:
-            runs += [cell | {"arm": arm} for cell in proof.get(title, {}).get(arm, [])]
+        present = {(run["arm"], run["seed"]) for run in runs}
+        runs += [
+            cell | {"arm": arm}
+            for arm in ("none", *report.PARTS)
+            for cell in proof.get(title, {}).get(arm, [])
+            if (arm, cell["seed"]) not in present
+        ]
     return paired.table(groups, controls.ARMS, "proof")
 
 

@@ -25,7 +25,7 @@ DIGITS_SPLIT_SEED = 0
 # Decoded images of up to so many bytes stay in memory; more are read anew in every pass.
 KEPT_BYTES = 2**29
 # Pixels in a batch, within the bounds on its images: at 224 pixels a core's caches hold what 8 of
-# them need, and EfficientNet-Lite0 takes 19 ms an image, but 35 in batches of 32.
+# them need, and not what 32 do, which take EfficientNet-Lite0 nearly twice as long an image.
 BATCH_PIXELS = 2**18
 BATCH_BOUNDS = (8, 250)
 MAX_WORKERS = 4
