@@ -125,6 +125,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def parse_setting(argv: list[str]) -> argparse.Namespace:
+    """As :func:`parse`, for programs that have arms of their own, and one width at a time."""
+    args = parse(argv)
+    if args.arms != ["none"]:
+        raise UsageError("--with-agm and --with-real are compare.py's; --help has the arms of this")
+    if len(args.widths) > 1:
+        raise UsageError("one width is taken at a time, give --bits N")
+    return args
+
+
 def grid(args: argparse.Namespace) -> list[Cell]:
     """The cells in the order in which they run: all arms of a seed, then the next seed."""
     return [

@@ -72,14 +72,36 @@ def paired_difference(base: dict[Any, float], other: dict[Any, float]) -> dict[s
     return {"n": n, "mean": mean, "low": float(mean - half), "high": float(mean + half)}
 
 
-def difference_text(difference: dict[str, Any]) -> str:
-    """``+0.50 [+0.10, +0.90], n=3``."""
+def together(pairs: Iterable[tuple[dict[Any, float], dict[Any, float]]]) -> dict[str, Any]:
+    """:func:`paired_difference` of several (base, other): a seed's difference is their mean.
+
+    One seed's runs begin alike and are not independent. Pairs without any ``other`` do not count; a
+    seed that one of the rest lacks is left out, so that each counts the same.
+    """
+    found = [
+        {seed: other[seed] - base[seed] for seed in base.keys() & other.keys()}
+        for base, other in pairs
+        if other
+    ]
+    seeds = set.intersection(*map(set, found)) if found else ()
+    means = {seed: sum(values[seed] for values in found) / len(found) for seed in seeds}
+    return paired_difference(dict.fromkeys(means, 0.0), means)
+
+
+def interval_text(difference: dict[str, Any]) -> str:
+    """``+0.50 [+0.10, +0.90]``; empty if there are no pairs."""
     if difference["mean"] is None:
-        return "n/a"
+        return ""
     interval = "n/a"
     if difference["low"] is not None:
         interval = f"[{_signed(difference['low'])}, {_signed(difference['high'])}]"
-    return f"{_signed(difference['mean'])} {interval}, n={difference['n']}"
+    return f"{_signed(difference['mean'])} {interval}"
+
+
+def difference_text(difference: dict[str, Any]) -> str:
+    """``+0.50 [+0.10, +0.90], n=3``, or ``n/a``."""
+    text = interval_text(difference)
+    return f"{text}, n={difference['n']}" if text else "n/a"
 
 
 def _signed(value: float) -> str:

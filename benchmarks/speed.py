@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ from baselines.training.parallel import bytes_per_step
 from baselines.training.trainer import Trainer, resolve_device
 from benchmarks import report
 from benchmarks.errors import UsageError
-from benchmarks.plain import PlainTrainer, plain_formulas
+from benchmarks.plain import plain_formulas
 from benchmarks.provenance import provenance
 from benchmarks.task import teachers
 
@@ -71,14 +72,15 @@ def make_teacher(args: argparse.Namespace) -> tuple[nn.Module, int]:
 def make(args: argparse.Namespace, method: str, arm: str, *, plain: bool) -> Trainer:
     """A trainer past its warm-up."""
     losses, recipe = getattr(METHODS[method], args.recipe)(args.image_size)
-    recipe = recipe.__class__(
-        **vars(recipe) | {"batch_size": args.batch_size or recipe.batch_size}
-        | ({"fold_batch_norm": False} if plain else {})
-    )  # fmt: skip
+    recipe = replace(
+        recipe,
+        batch_size=args.batch_size or recipe.batch_size,
+        fold_batch_norm=recipe.fold_batch_norm and not plain,
+    )
     config = recipe.config(args.bits, args.bits)
     teacher, channels = make_teacher(args)
     with plain_formulas() if plain else contextlib.nullcontext():
-        trainer = (PlainTrainer if plain else Trainer)(
+        trainer = Trainer(
             teacher,
             method=losses,
             recipe=recipe,

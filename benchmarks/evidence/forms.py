@@ -76,8 +76,9 @@ class Pool(AGM):
                 x.new_empty(KEPT, *x.shape[1:]) for x in (images, labels)
             )
             place = torch.arange(self.seen, self.seen + n)
-            if self.seen + n > KEPT:
-                place = torch.randperm(KEPT, generator=self.rng)[:n]
+            if self.seen + n > KEPT:  # the last free places, then any
+                free = torch.arange(self.seen, KEPT)
+                place = torch.cat([free, torch.randperm(self.seen, generator=self.rng)])[:n]
             for kept, now in zip(self.kept, (images, labels), strict=True):
                 kept[place] = now
             self.seen = min(self.seen + n, KEPT)

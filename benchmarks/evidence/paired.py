@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +48,7 @@ def main(
                         help=f"default: all of {'; '.join(arms)}")  # fmt: skip
     own, rest = parser.parse_known_args(argv)
     try:
-        args = command_line.parse(rest)
+        args = command_line.parse_setting(rest)
         task = load_task(args)
         if task.images is None:
             raise UsageError("--data is missing, the images to judge on")
@@ -112,17 +113,24 @@ def divergence(task: Task, student: nn.Module, half: str) -> float:
 
 
 def table(groups: dict[str, list[dict[str, Any]]], arms: Iterable[str], half: str) -> str:
-    """Of each title's rows the arms' paired differences to the baseline, methods together."""
+    """Of each title's rows the arms' paired differences to the baseline, methods together.
+
+    See :func:`benchmarks.report.together`.
+    """
     lines = []
     shown = [
         arm for arm in arms
         if arm != BASELINE and any(row["arm"] == arm for rows in groups.values() for row in rows)
     ]  # fmt: skip
     for title, rows in groups.items():
-        of_arm: dict[str, dict[Any, float]] = {arm: {} for arm in (BASELINE, *shown)}
+        by_seed: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
         for row in rows:
-            of_arm[row["arm"]][row["method"], row["seed"]] = row[f"accuracy_{half}"]
-        found = [report.paired_difference(of_arm[BASELINE], of_arm[arm]) for arm in shown]
+            by_seed[row["arm"], row["method"]][row["seed"]] = row[f"accuracy_{half}"]
+        methods = {method for _, method in by_seed}
+        found = [
+            report.together((by_seed[BASELINE, m], by_seed[arm, m]) for m in methods)
+            for arm in shown
+        ]
         lines.append([title, *(report.difference_text(d) if d["n"] else "" for d in found)])
     head = ["", *shown]
     return "\n".join(f"| {' | '.join(x)} |" for x in (head, ["---"] * len(head), *lines))

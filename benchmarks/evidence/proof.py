@@ -67,7 +67,7 @@ GRIDS = {
     # As long as the add-on's runs, whose step costs a tenth more on digits, and some 15 % on
     # ResNet-20, where 20 % are taken.
     "digits-w2a2-equal-time": ("--bits 2 --baseline all --steps 660", 10),
-    "digits-w2a2-adadfq": ("--bits 2 --baseline adadfq --with-agm", 80),
+    "digits-w2a2-adadfq": (f"--bits 2 --baseline adadfq {ROOM}", 80),
     "digits-w2a2-adadfq-equal-time": ("--bits 2 --baseline adadfq --steps 660", 80),
     "resnet20-w2a2-1200-gdfq-equal-time": (f"{CIFAR10} --bits 2 --steps 1440", 5),
     "resnet20-w2a2-gdfq-equal-time": (f"{CIFAR10} --bits 2 --steps 3960", 5),

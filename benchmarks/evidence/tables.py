@@ -112,7 +112,8 @@ def room_table(rows: list[Row]) -> str:
     """What the add-on brings, and beside it what real images would, as Markdown.
 
     All on the proof half. A figure that was not measured stays open. The share of the room is the
-    add-on's difference over that of real images.
+    add-on's difference over that of real images, both over the seeds that have real images, and
+    stays open where real images are not known to bring anything.
     """
     lines = [
         "| | baseline % | + AGM | + AGM at equal time | real images: the room, AGM's share | n |",
@@ -130,14 +131,13 @@ def _room_line(title: str, arms: dict[str, list[Cell]]) -> str:
     gain, equal_time, room = (report.paired_difference(*pair) for pair in pairs)
     if not gain["n"]:
         return ""
-    found = [d for d in (gain, equal_time, room) if d["n"]]
-    counts = ", ".join(map(str, dict.fromkeys([len(base), *(d["n"] for d in found)])))
-    texts = [
-        report.difference_text(d).rpartition(", n=")[0] if d["n"] else ""
-        for d in (gain, equal_time, room)
-    ]
-    if room["n"]:
-        texts[-1] += f", {100 * gain['mean'] / room['mean']:.0f} %"
+    found = [gain, equal_time, room]
+    counts = ", ".join(map(str, dict.fromkeys([len(base), *(d["n"] for d in found if d["n"])])))
+    texts = list(map(report.interval_text, found))
+    there = {seed: both[seed] for seed in base.keys() & both.keys() & real.keys()}
+    if there and (room["low"] or 0) > 0:
+        share = report.paired_difference(base, there)["mean"] / room["mean"]
+        texts[-1] += f", {100 * share:.0f} %"
     mean = report.mean_std(list(base.values()))
     return "| " + " | ".join([title, mean, *texts, counts]) + " |"
 
@@ -188,27 +188,10 @@ def _proof_line(title: str, methods: list[dict[str, list[Cell]]]) -> str:
     for arm in report.ARMS[1:]:
         others = [report.by_seed(arms.get(arm, []), "accuracy_proof") for arms in methods]
         alone = len(methods) > 1 and sum(map(bool, others)) < 2  # nothing to put together
-        text, n = _difference([] if alone else list(zip(bases, others, strict=True)))
-        line.append(text)
-        counts += [str(n)] if n else []
+        difference = report.together([] if alone else zip(bases, others, strict=True))
+        line.append(report.interval_text(difference))
+        counts += [str(difference["n"])] if difference["n"] else []
     return "| " + " | ".join([*line, ", ".join(counts), _commits(methods)]) + " |"
-
-
-def _difference(pairs: list[tuple[dict[int, float], dict[int, float]]]) -> tuple[str, int]:
-    """The paired difference and its n, "" and 0 if there is none.
-
-    Of several pairs of arms a seed's is their mean, since one seed's runs are not independent; a
-    seed that one of them lacks is left out, so that each counts the same.
-    """
-    found = [
-        {seed: other[seed] - base[seed] for seed in base.keys() & other.keys()}
-        for base, other in pairs
-        if other
-    ]
-    seeds = set.intersection(*map(set, found)) if found else ()
-    means = {seed: sum(values[seed] for values in found) / len(found) for seed in seeds}
-    difference = report.paired_difference(dict.fromkeys(means, 0.0), means)
-    return report.difference_text(difference).rpartition(", n=")[0], len(means)
 
 
 def _commits(methods: list[dict[str, list[Cell]]]) -> str:
@@ -368,26 +351,25 @@ def deployed_table(path: Path) -> str:
             {i: cell[f"accuracy_{of}"] for i, cell in enumerate(group)}
             for of in ("student", "file")
         )
-        difference = report.difference_text(report.paired_difference(student, file))
+        difference = report.paired_difference(student, file)
         sizes = (max(c[key] for c in group) / 1000 for key in ("bytes", "float32_bytes"))
         means = [report.mean_std(list(v.values())) for v in (student, file)]
-        text, _, n = difference.rpartition(", n=")
         title = f"W{bits[0]}A{bits[1]}"
-        lines.append(
-            "| " + " | ".join([title, *means, text, n, *(f"{s:.0f}" for s in sizes)]) + " |"
-        )
+        row = [title, *means, report.interval_text(difference), str(difference["n"])]
+        lines.append("| " + " | ".join([*row, *(f"{s:.0f}" for s in sizes)]) + " |")
     return "\n".join(lines)
 
 
 def tables() -> dict[Path, dict[str, str]]:
     """Every table by its file and the name of its marker."""
     shown = [row for row in proof_rows(PROOF, SHOWN) if not row[0].startswith(LITTLE_ROOM)]
+    proof = proof_rows(PROOF)
     return {
         README: {"room": room_table(shown) + earlier(PROOF)},
         RECORD: {
-            "proof": proof_table(proof_rows(PROOF)),
-            "pooled": pooled_table(proof_rows(PROOF)),
-            "controls": controls_table(RESULTS / "controls.jsonl", proof_rows(PROOF)),
+            "proof": proof_table(proof),
+            "pooled": pooled_table(proof),
+            "controls": controls_table(RESULTS / "controls.jsonl", proof),
             "earlier": proof_table(proof_rows(EARLIER)),
             "deployed": deployed_table(RESULTS / "deployed.json"),
             "speed": speed_table([RESULTS / "speed-batch200.json", RESULTS / "speed-batch16.json"]),

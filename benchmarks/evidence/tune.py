@@ -65,7 +65,9 @@ def main(argv: list[str]) -> int:
     )
     own, rest = parser.parse_known_args(argv)
     try:
-        args = command_line.parse(rest)
+        args = command_line.parse_setting(rest)
+        if len(args.methods) > 1:
+            raise UsageError(f"one method is taken at a time, got {', '.join(args.methods)}")
         task, changes = load_task(args), settings(own.pairs)
         if task.images is None:
             raise UsageError("--data is missing, the images to judge on")

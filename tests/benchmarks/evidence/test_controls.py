@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from agm import AGM
-from benchmarks.evidence import controls
+from benchmarks import report
+from benchmarks.evidence import controls, paired
 from benchmarks.task import teachers
 
 SHORT = ("--bits", "2", "--steps", "8", "--batch-size", "16", "--seeds", "2")
@@ -98,9 +99,24 @@ def test_records_and_going_on(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out != printed
 
 
-def test_a_mistake(capsys):
-    assert controls.main(["--bits", "1"]) == 2
+@pytest.mark.parametrize("argv", [["--bits", "1"], [], ["--bits", "2", "--with-agm"]])
+def test_a_mistake(capsys, argv):
+    assert controls.main(argv) == 2
     assert "controls.py: error: " in capsys.readouterr().err
+
+
+def test_the_methods_of_a_seed_count_once():
+    accuracies = {"none": {"gdfq": [80, 82], "qimera": [70, 71]}}
+    accuracies["both"] = {"gdfq": [81, 84], "qimera": [70.5, 70]}
+    rows = [
+        {"arm": arm, "method": method, "seed": seed, "accuracy_proof": value}
+        for arm, methods in accuracies.items()
+        for method, values in methods.items()
+        for seed, value in enumerate(values)
+    ]
+    line = paired.table({"both methods": rows}, controls.ARMS, "proof").splitlines()[-1]
+    want = report.paired_difference({0: 0.0, 1: 0.0}, {0: 0.75, 1: 0.5})
+    assert line == f"| both methods | {report.difference_text(want)} |"
 
 
 def test_the_arms_are_the_add_ons_parts():

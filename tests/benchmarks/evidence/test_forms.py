@@ -41,6 +41,17 @@ def test_two_sided_keeps_to_its_turns():
     assert hook.generator_loss(**given).item() == 0
 
 
+def test_no_place_of_the_pool_stays_empty(monkeypatch):
+    monkeypatch.setattr(forms, "KEPT", 20)
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *shape: x.new_full(shape, -1))
+    hook = forms.Pool(plain_steps=3, adversary=None, seed=0)
+    for step in range(3):
+        hook.student_batch(images=torch.full((8, 3), float(step)), labels=torch.full((8,), step))
+        assert [int((kept < 0).any()) for kept in hook.kept] == [step < 2] * 2
+    assert (hook.kept[0][:, 0] == hook.kept[1]).all()
+    assert (hook.kept[1] == 2).sum() == 8
+
+
 @pytest.mark.parametrize("kept", [16, 64])
 def test_pool_is_plain_first_and_then_half_of_what_was_made_before(kept, monkeypatch):
     monkeypatch.setattr(forms, "KEPT", kept)

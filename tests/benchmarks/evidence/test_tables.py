@@ -98,13 +98,22 @@ def test_a_row_put_together_with_itself_is_that_row(runs, times):
 
 
 def test_the_share_of_the_room(folder):
-    real = [cell("real", i, v) for i, v in enumerate([84.0, 84.0])]
+    real = [cell("real", i, v) for i, v in enumerate([84.0, 86.1])]
     grid(folder / "c.json", "--model resnet20 --with-real", real)
     _, _, row = tables.room_table(tables.proof_rows(folder)).splitlines()
-    # The add-on's differences 1, 0.5, 2, real images' 4, 2.
+    # The add-on's differences 1, 0.5, 2, real images' 4, 4.1: the third seed has no share in it.
     assert row.startswith("| ResNet-20 W3A3 GDFQ | 81.00 ± 1.00 | +1.17 [")
-    assert "] |  | +3.00 [" in row
-    assert row.endswith(f"], {100 * 3.5 / 3 / 3:.0f} % | 3, 2 |")
+    assert "] |  | +4.05 [" in row
+    assert row.endswith(f"], {100 * 0.75 / 4.05:.0f} % | 3, 2 |")
+    # One seed alone has real images, or they bring nothing: no share.
+    for values, text in (
+        ([84.0], "| +4.00 n/a | 3, 1 |"),
+        ([80.0, 82.0], "[+0.00, +0.00] | 3, 2 |"),
+    ):
+        real = [cell("real", i, v) for i, v in enumerate(values)]
+        grid(folder / "c.json", "--model resnet20 --with-real", real)
+        _, _, row = tables.room_table(tables.proof_rows(folder)).splitlines()
+        assert row.endswith(text)
     (folder / "c.json").unlink()
     _, _, row = tables.room_table(tables.proof_rows(folder)).splitlines()
     assert row.endswith("] |  |  | 3 |")

@@ -71,6 +71,10 @@ def test_a_ceiling_is_judged_on_the_other_half(monkeypatch):
         (("--agm", "--set", "agm.discrepancy=far"), "unknown discrepancy 'far'"),
         (("--bits", "1"), "got 1"),
         (("--epochs", "3"), "--epochs"),
+        (("--with-agm",), "--with-agm and --with-real are compare.py's"),
+        (("--with-real",), "--with-agm and --with-real are compare.py's"),
+        (("--bits", "2", "3"), "one width"),
+        (("--baseline", "all"), "one method is taken at a time, got adadfq, gdfq"),
     ],
 )
 def test_mistakes(capsys, argv, part):
