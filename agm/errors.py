@@ -16,7 +16,7 @@ def check_argument(name: str, value: Any, wanted: str, valid: Callable[[Any], bo
     """Raise :class:`AgmValueError` unless ``valid(value)``, also where its type cannot be asked."""
     try:
         accepted = valid(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         accepted = False
     if not accepted:
         raise AgmValueError(f"{name} must be {wanted}, got {value!r}")

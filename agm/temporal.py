@@ -27,8 +27,8 @@ class DiversityProbe:
     * ``gradient_norm``: of the generator's parameters as they are; NaN if it has none.
 
     Features are what the linear layer that the teacher runs last receives (its output if it has
-    none). Nothing is left behind: training modes, a module's buffers and torch's RNGs are as before
-    the call.
+    none, or one that runs at every place, not once a sample). Nothing is left behind: training
+    modes, a module's buffers and torch's RNGs are as before the call.
 
     Args:
         generator: a module or any callable, ``generator(*latents) -> images``; what another
@@ -117,6 +117,8 @@ class DiversityProbe:
             images = _on_copied_buffers(self.generator, *self.latents)
             logits = _on_copied_buffers(self.teacher, images)
             features = seen.pop() if seen else logits
+            if len(features) != len(images):  # a last Linear at every place, not a sample's
+                features = logits
             # Clones: a generator may write to what it returned.
             return images.float().clone(), features.flatten(1).float().clone()
 

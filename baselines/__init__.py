@@ -14,7 +14,7 @@ Where to add what:
   other images the teacher is asked again. Draw from a ``torch.Generator`` of its own and keep it in
   ``state_dict``, so that a resumed run is the same bit for bit; see
   ``benchmarks/task/real_images.py``;
-* a range estimator: a function (x, bit_width) -> (low, high) in ``RANGE_ESTIMATORS`` of
+* a range estimator: a function (x, bit_width, scheme) -> (low, high) in ``RANGE_ESTIMATORS`` of
   :mod:`baselines.quantization.quantizers`; the recipes and the tests know it by its name;
 * a layer that no quantizer or exporter knows: it is refused by name; teach
   :mod:`baselines.quantization.canonical` to write it with layers that they know.

@@ -24,7 +24,7 @@ class UnsupportedLayerError(BaselineError, ValueError):
 
 
 class NonFiniteLossError(BaselineError, ValueError):
-    """A loss term became infinite or NaN; the weights are those before the step."""
+    """A loss term or a gradient became infinite or NaN; the weights are those before the step."""
 
 
 class CheckpointError(BaselineError, ValueError):

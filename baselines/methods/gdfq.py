@@ -2,6 +2,8 @@
 
 L_G = CE(P(x), y) + 0.1 BNS
 L_Q = CE(Q(x), y) + T^2 KL(softmax(P / T) || softmax(Q / T))
+
+BNS is a mean over layers and their channels, where the paper's formula has a sum.
 """
 
 from dataclasses import dataclass

@@ -98,10 +98,8 @@ def export_onnx(
     _check(data, network, images)
     checkpoint.write(path, data)
     rows = _rows(model, network)
-    layers = {id(m): m for m in map(lambda n: weighted_layer(network, n), weighted_nodes(network))}
-    size = sum(
-        m.weight.numel() + (0 if m.bias is None else m.bias.numel()) for m in layers.values()
-    )
+    layers = {weighted_layer(network, node) for node in weighted_nodes(network)}
+    size = sum(m.weight.numel() + (0 if m.bias is None else m.bias.numel()) for m in layers)
     return Exported(path, len(data), 4 * size, rows)
 
 
@@ -279,12 +277,8 @@ def _strip(proto: Any) -> None:
     kept = {value.name for value in (*graph.input, *graph.output, *graph.initializer)} | {""}
     names: dict[str, str] = {}
     del graph.value_info[:], graph.metadata_props[:], proto.metadata_props[:]
-    graph.name, proto.producer_name, proto.producer_version, graph.doc_string = (
-        "student",
-        "",
-        "",
-        "",
-    )
+    graph.name = "student"
+    graph.doc_string = proto.producer_name = proto.producer_version = ""
     for tensor in graph.initializer:
         tensor.doc_string = ""
         del tensor.metadata_props[:]
@@ -316,8 +310,10 @@ def _rows(model: fx.GraphModule, network: fx.GraphModule) -> list[tuple[str, str
                 "arithmetic='float'")  # fmt: skip
         elif not is_grid(network, node.all_input_nodes[0]):
             why = f"it reads {maker(network, node.all_input_nodes[0]).name!r} in floating point"
-        elif node in before and not has_grid(network, node):
+        elif not has_grid(network, node):
             why = "what it gives stays in floating point; export with images"
+            if node not in before:
+                why = "the logits stay in floating point"
         rows.append(
             (str(node.target), str(bits[str(node.target)]), "float" if why else "integer", why)
         )

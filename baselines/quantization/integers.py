@@ -24,6 +24,7 @@ from baselines.quantization.placement import (
     is_transparent,
     maker,
     of_images_alone,
+    weighted_layer,
     weighted_nodes,
 )
 from baselines.quantization.quantizers import (
@@ -145,6 +146,7 @@ def deployed(
     for node in network.graph.nodes:
         if is_quantizer(network, node):
             network.set_submodule(str(node.target), _grid_of(network, node, folded))
+    _pad_apart(network)
     if images is not None and not folded:
         _add_grids(network, images.detach().cpu().float())
     _repeat_grids(network)
@@ -169,6 +171,21 @@ def _check(model: Any, images: Tensor | None) -> None:
                           f"{tuple(images.shape)}")  # fmt: skip
     if images is not None and not bool(images.isfinite().all()):
         raise ExportError("the images must be finite, some of their values are not")
+
+
+def _pad_apart(network: fx.GraphModule) -> None:
+    """Padding by other values than 0 as a step of its own, behind which a grid can be repeated."""
+    for node in weighted_nodes(network):
+        layer, x = weighted_layer(network, node), node.all_input_nodes[0]
+        if getattr(layer, "padding_mode", "zeros") == "zeros":
+            continue
+        with network.graph.inserting_before(node):
+            given = (x, layer._reversed_padding_repeated_twice, layer.padding_mode)
+            node.replace_input_with(x, network.graph.call_function(F.pad, given))
+    for layer in {weighted_layer(network, node) for node in weighted_nodes(network)}:
+        if getattr(layer, "padding_mode", "zeros") != "zeros":
+            layer.padding, layer.padding_mode = (0,) * len(layer.kernel_size), "zeros"
+    network.recompile()
 
 
 def _grid_of(network: fx.GraphModule, node: fx.Node, folded: bool) -> Grid:
@@ -323,7 +340,7 @@ def _integer_layer(name: str, layer: nn.Module, input_scale: float, folded: bool
         nothing = torch.zeros(len(step)) if bias is None else bias.detach().abs()
         # A bias has 32 bits. A channel below that, as one without any weight, is its bias alone.
         finest = nothing.view(step.shape) / (input_scale * 2**24)
-        idle = (step * 2**6 < finest) | (too_long == 0)
+        idle = (step * 2**6 < finest) | (too_long == 0) | (step == 0)
         step = torch.where(idle, finest.clamp(min=1e-30), step)
         step = torch.where(idle & (finest == 0), step.amax().clamp(min=1e-30), step)
         factor = factor * ~idle

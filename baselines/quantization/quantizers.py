@@ -178,44 +178,54 @@ def _sample(x: Tensor, size: int = 2**16) -> Tensor:
     return flat[::stride].float()
 
 
-def range_max(x: Tensor, _bit_width: int) -> tuple[Tensor, Tensor]:
+def range_max(x: Tensor, _bit_width: int, _scheme: str) -> tuple[Tensor, Tensor]:
     """The smallest and the largest value."""
     low, high = x.aminmax()
     return low.float(), high.float()
 
 
-def range_percentile(x: Tensor, _bit_width: int) -> tuple[Tensor, Tensor]:
+def range_percentile(x: Tensor, _bit_width: int, _scheme: str) -> tuple[Tensor, Tensor]:
     """The percentiles 0.1, where anything is below 0, and 99.9."""
     x = _sample(x)
     return torch.quantile(x, 0.001), torch.quantile(x, 0.999)
 
 
-def range_mse(x: Tensor, bit_width: int) -> tuple[Tensor, Tensor]:
+def range_mse(x: Tensor, bit_width: int, scheme: str) -> tuple[Tensor, Tensor]:
     """The range with the least squared error.
 
     Its upper end is one of {1%, 2%, ..., 100%} of the largest value; then, where anything is below
-    0, its lower end is one of {0%, 1%, ..., 100%} of the smallest.
+    0, its lower end is one of {0%, 1%, ..., 100%} of the smallest. Symmetric, both ends there are
+    one of {1%, 2%, ..., 100%} of the largest magnitude.
     """
     x = _sample(x, 2**14)
     low, high = x.min().clamp(max=0), x.max().clamp(min=0)
-    highs = high * torch.linspace(0.01, 1, 100, device=x.device)
-    best = _squared_errors(x, low.expand(100), highs, bit_width).argmin()
+    shares = torch.linspace(0.01, 1, 100, device=x.device)
+    if low and scheme == "symmetric":
+        ends = torch.maximum(high, -low) * shares
+        end = ends[_squared_errors(x, -ends, ends, bit_width, scheme, signed=True).argmin()]
+        return -end, end
+    highs = high * shares
+    best = highs[_squared_errors(x, low.expand(100), highs, bit_width).argmin()]
     if low:
         lows = low * torch.linspace(0, 1, 101, device=x.device)
-        low = lows[_squared_errors(x, lows, highs[best].expand(101), bit_width).argmin()]
-    return low, highs[best]
+        low = lows[_squared_errors(x, lows, best.expand(101), bit_width).argmin()]
+    return low, best
 
 
-def _squared_errors(x: Tensor, low: Tensor, high: Tensor, bit_width: int) -> Tensor:
+def _squared_errors(
+    x: Tensor, low: Tensor, high: Tensor, bit_width: int, scheme: str = "asymmetric",
+    *, signed: bool = False,
+) -> Tensor:  # fmt: skip
     """The mean squared error of ``x``, (N,), quantized to each of the ranges, (R,) -> (R,)."""
-    scale, zero_point = scale_and_zero_point(low, high, bit_width, "asymmetric", signed=False)
+    scale, zero_point = scale_and_zero_point(low, high, bit_width, scheme, signed=signed)
     scale, zero_point = scale[:, None], zero_point[:, None]
-    qmax = 2**bit_width - 1
-    steps = (x / scale).round_().maximum(-zero_point).minimum(qmax - zero_point)
+    qmin, qmax = integer_range(bit_width, scheme, signed=signed)
+    steps = (x / scale).round_().maximum(qmin - zero_point).minimum(qmax - zero_point)
     return (steps * scale - x).square_().mean(1)
 
 
-RANGE_ESTIMATORS: dict[str, Callable[[Tensor, int], tuple[Tensor, Tensor]]] = {
+# (values, bit width, scheme) -> (low, high)
+RANGE_ESTIMATORS: dict[str, Callable[[Tensor, int, str], tuple[Tensor, Tensor]]] = {
     "max": range_max,
     "percentile": range_percentile,
     "mse": range_mse,
@@ -227,8 +237,8 @@ class ActivationQuantizer(nn.Module):
 
     While observing, the ends of the range are bias-corrected averages (decay 0.9) of the
     estimator's values for each batch; afterwards they are frozen, and before, activations pass as
-    they are. Unsigned with zero point 0 where nothing below zero was seen; else asymmetric with a
-    zero point, or, symmetric, signed without. A learned step is the observed one times
+    they are. Unsigned with zero point 0 where the range has nothing below zero; else asymmetric
+    with a zero point, or, symmetric, signed without. A learned step is the observed one times
     exp(log_gain), a parameter that starts at 0.
 
     Args:
@@ -262,13 +272,13 @@ class ActivationQuantizer(nn.Module):
 
     @property
     def signed(self) -> bool:
-        """Whether something below zero was seen, and the scheme is symmetric: +-qmax around 0."""
+        """Whether the range has something below zero, and is symmetric: +-qmax around 0."""
         return self.scheme == "symmetric" and bool(self.averages[0] < 0)
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Take one batch into the range."""
-        low, high = RANGE_ESTIMATORS[self.range_estimator](x, self.bit_width)
+        low, high = RANGE_ESTIMATORS[self.range_estimator](x, self.bit_width, self.scheme)
         if self.scheme == "symmetric" and low < 0:
             high = torch.maximum(high, -low)
         self.averages.lerp_(torch.stack([low.clamp(max=0), high]), 1 - self.decay)

@@ -66,8 +66,8 @@ class Method(Protocol):
     (N, C), and ``bns``, a scalar without weight, have. ``labels`` is what the generator's
     ``sample`` gave, for the student's turn perhaps changed by a hook to (N, C) probabilities.
     ``student(images)`` gives logits, differentiable, and is shared with the hooks and the student's
-    turn, so nobody writes into them; in the warm-up its weights alone are quantized, its
-    activations' ranges being unknown.
+    turn, so nobody writes into them; its activations are rounded once a range was observed, in the
+    warm-up's last part, its weights from the start.
     """
 
     def make_generator(
@@ -250,14 +250,17 @@ class Trainer:
         named |= {f"Q/{name}": term for name, term in student_terms.items()}
         named = {name: term.detach().clone() for name, term in named.items()}
         self.ranks.average_(named.values())
-        self._watch(named)
         gradients = [p.grad for p in self.generator.parameters()]
         self.ranks.average_([*gradients, *running_statistics(self.generator)])
-        self.generator_optimizer.step()
         if student_terms:
             self.student_optimizer.zero_grad(set_to_none=True)
             total(student_terms).backward(inputs=list(self.student.parameters()))
-            self.ranks.average_(p.grad for p in self.student.parameters())
+            of_student = [p.grad for p in self.student.parameters()]
+            self.ranks.average_(of_student)
+            gradients += of_student
+        self._watch(named, [g for g in gradients if g is not None])
+        self.generator_optimizer.step()
+        if student_terms:
             self.student_optimizer.step()
         elif self.step_count >= self.recipe.warmup_steps - self.recipe.observe_steps:
             with observing(self.student), torch.no_grad():
@@ -355,9 +358,10 @@ class Trainer:
             return images
         return shifted(images, *draw_shift(images.shape[-1], self.shifts_rng))
 
-    def _watch(self, terms: dict[str, Tensor]) -> None:
+    def _watch(self, terms: dict[str, Tensor], gradients: list[Tensor]) -> None:
         """Stop all updates from the first loss on that is not finite; tell of it when asked."""
-        values = torch.stack([term.detach().float() for term in terms.values()])
+        terms = terms | {"norm of all gradients": torch.nn.utils.get_total_norm(gradients)}
+        values = torch.stack([term.float() for term in terms.values()])
         self.found_inf.copy_(self.found_inf.maximum(values.isfinite().logical_not().any()))
         self._unasked.append((self.step_count, list(terms), values))
         last = self.step_count + 1 == self.recipe.steps
@@ -372,7 +376,7 @@ class Trainer:
         self.found_inf.zero_()
         self.step_count, names, values = next(u for u in unasked if not u[2].isfinite().all())
         raise NonFiniteLossError(
-            f"step {self.step_count}, seed {self.seed}: a loss is not finite: "
+            f"step {self.step_count}, seed {self.seed}: a loss or its gradient is not finite: "
             f"{dict(zip(names, values.tolist(), strict=True))}; the weights are those before this "
             "step. Lower the learning rate, or check that the teacher gives finite logits"
         )
@@ -412,11 +416,16 @@ class Trainer:
 
     @torch_defaults()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken, with the same arguments to the constructor."""
+        """Go on where :meth:`state_dict` was taken, with the same arguments to the constructor.
+
+        What was not finite in the steps since is forgotten with them.
+        """
         if len(state["hooks"]) != len(self.hooks):
             raise CheckpointError(
                 f"the checkpoint has {len(state['hooks'])} hooks, this run {len(self.hooks)}"
             )
+        self.found_inf.zero_()
+        self._unasked.clear()
         for name in ("generator", "student", "generator_optimizer", "student_optimizer"):
             getattr(self, name).load_state_dict(state[name])
         self.rng.set_state(state["rng"])

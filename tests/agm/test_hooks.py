@@ -881,6 +881,8 @@ def test_integer_labels_before_any_logits_are_a_named_error():
         ({"ratio": "0.2"}, "ratio.*got '0.2'"),
         ({"decay": None}, "decay.*got None"),
         ({"interval": "ten"}, "interval.*got 'ten'"),
+        ({"interval": float("inf")}, "interval.*got inf"),
+        ({"ratio": torch.ones(2)}, r"ratio.*got tensor\(\[1"),
         ({"seed": 1.5}, "seed.*got 1.5"),
         ({"seed": 2**64}, f"seed.*got {2**64}"),
         ({"discrepancy": []}, r"\[\].*total_variation"),

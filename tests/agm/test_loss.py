@@ -283,6 +283,7 @@ def test_bad_call_is_a_named_error(arguments, received):
         ({"std": None}, "std.*None"),
         ({"reduction": []}, r"reduction.*\[\]"),
         ({"mean": float("-inf")}, "mean.*-inf"),
+        ({"mean": 10**400}, "mean.*1000"),
         ({"discrepancy": "l2"}, "'l2'.*total_variation"),
         ({"discrepancy": None}, "None"),
     ],

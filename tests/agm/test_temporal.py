@@ -116,6 +116,23 @@ def test_features_are_what_the_last_of_several_linear_layers_receives():
     assert rows[0]["batch_similarity"] == pytest.approx(by_hand(features, features)[1], abs=1e-5)
 
 
+def test_a_linear_layer_at_every_place_gives_no_features_of_a_sample():
+    class Everywhere(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 5)
+
+        def forward(self, x):
+            rows = x.flatten(2).transpose(1, 2).flatten(0, 1)
+            return self.fc(rows).tanh().view(len(x), -1, 5).sum(1)
+
+    teacher = Everywhere()
+    images, rows = watched(0, 4, teacher)
+    with torch.no_grad():
+        logits = teacher(images[0])
+    assert rows[0]["batch_similarity"] == pytest.approx(by_hand(logits, logits)[1], abs=1e-5)
+
+
 def test_features_given_by_keyword_are_found():
     class ByKeyword(nn.Module):
         def __init__(self):

@@ -13,7 +13,7 @@ from agm import AgmError
 from baselines.errors import CheckpointError, ExportError
 from baselines.quantization import export
 from baselines.quantization.export import bit_planes, export_onnx
-from baselines.quantization.integers import deployed
+from baselines.quantization.integers import IntegerWeight, deployed
 from baselines.quantization.placement import weighted_layer, weighted_nodes
 from baselines.quantization.policy import QuantizationConfig
 from baselines.quantization.quantizers import WeightQuantizer, integer_range, observing
@@ -168,7 +168,7 @@ def test_the_file_computes_what_deployed_does(config, tmp_path):
     assert (plain[:1] - run(path, x[:1])).abs().max() < 1e-5 * spread  # any batch size
     # The transposed convolution has no integer kernel.
     assert kinds(tmp_path / "fast.onnx").count("QLinearConv") == 3
-    assert [row[0] for row in exported.rows if row[2] == "float"] == ["up"]
+    assert [row[0] for row in exported.rows if row[2] == "float"] == ["up", "fc"]
     assert exported.bytes == path.stat().st_size
     assert f"{exported.bytes} bytes" in str(exported)
     assert "up" in str(exported)
@@ -176,12 +176,45 @@ def test_the_file_computes_what_deployed_does(config, tmp_path):
 
 def test_every_layer_of_a_residual_network_runs_in_integers(tmp_path):
     student = student_of(Tiny(), images(64))
-    assert export_onnx(student, tmp_path / "a.onnx", images(64)).integer_layers == 3
+    exported = export_onnx(student, tmp_path / "a.onnx", images(64))
+    assert [row[0] for row in exported.rows if row[2] == "float"] == ["fc"]
     session(tmp_path / "a.onnx", optimized=tmp_path / "fast.onnx")
-    assert kinds(tmp_path / "fast.onnx").count("QLinearConv") == 2
+    assert kinds(tmp_path / "fast.onnx").count("QLinearConv") == exported.integer_layers == 2
     without = export_onnx(student, tmp_path / "b.onnx")
-    assert [row[0] for row in without.rows if row[2] == "float"] == ["conv1"]
+    assert [row[0] for row in without.rows if row[2] == "float"] == ["conv1", "fc"]
     assert all("floating point" in row[3] for row in without.rows if row[2] == "float")
+
+
+class Padded(nn.Module):
+    """Padding by what lies inside, of the images and of activations, one layer run twice."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Conv2d(3 if i == 0 else 8, 8, 3, padding="same" if i == 1 else (1, 2),
+                      stride=(1, 1, 2)[i], padding_mode=mode)
+            for i in range(3)
+        )  # fmt: skip
+        self.norm, self.fc = nn.BatchNorm2d(8), nn.Linear(8, 5)
+        fill(self, 0)
+
+    def forward(self, x):
+        x = self.convs[1](self.norm(self.convs[0](x)).relu()).relu()
+        x = self.convs[2](self.convs[2](x).relu()).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padding_by_other_values_than_zero_runs_in_integers(mode, tmp_path):
+    x = images(64)
+    student = student_of(Padded(mode), x, weight_bits=4, act_bits=4)
+    assert (deployed(student)(x) - student(x)).abs().max() < 1e-4 * student(x).std()
+    exported = export_onnx(student, tmp_path / "a.onnx", x)
+    session(tmp_path / "a.onnx", optimized=tmp_path / "fast.onnx")
+    found = kinds(tmp_path / "fast.onnx")
+    assert found.count("Conv") == 0
+    assert found.count("QLinearConv") == exported.integer_layers == 4
+    assert student.get_submodule("convs.1").padding_mode == mode  # which is left as it was
 
 
 def test_payload_on_disk(tmp_path):
@@ -195,15 +228,20 @@ def test_payload_on_disk(tmp_path):
     assert abs(sizes[4] - sizes[3] - numel / 8) < 100
 
 
-def test_a_trap_of_biases(tmp_path):
+@pytest.mark.parametrize("fold", [True, False])
+def test_a_trap_of_biases(fold, tmp_path):
     """A runtime rounds biases to steps of the products; a dead channel is its bias alone."""
     net = Tiny()
     with torch.no_grad():
         net.conv1.weight[0] = 0
         net.conv1.weight[1] *= 1e-12
         net.bn1.bias += 0.3
+        net.bn1.weight[2] = net.bn1.bias[2] = 0
     x = images(64, seed=1)
-    student = student_of(net, images(64), weight_bits=2, act_bits=8)
+    student = student_of(net, images(64), weight_bits=2, act_bits=8, fold_batch_norm=fold)
+    weights = [m for m in deployed(student, images(64)).modules() if isinstance(m, IntegerWeight)]
+    assert len(weights) == 3
+    assert all((m.step > 0).all() for m in weights)
     export_onnx(student, tmp_path / "a.onnx", images(64))
     want = deployed(student, images(64))(x)
     got = run(tmp_path / "a.onnx", x, optimized=tmp_path / "fast.onnx")

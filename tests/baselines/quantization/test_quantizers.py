@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -381,6 +382,22 @@ def test_mse_range_is_near_the_best(seed, bits, heaviness):
     best = min(error_of_clip(clip) for clip in float(x.max()) * np.linspace(0.002, 1, 500))
     assert error("mse") <= error("max") * (1 + 1e-3)
     assert error("mse") <= 1.25 * best  # a grid of 1%, and 500 values
+
+
+@given(seeds, bit_widths, st.sampled_from(["gauss", "silu", "leaky"]))
+def test_mse_range_of_symmetric_steps_is_near_the_best(seed, bits, kind):
+    x = torch.randn(500, generator=rng(seed))
+    functions = {"gauss": torch.clone, "silu": F.silu, "leaky": F.leaky_relu}
+    x = functions[kind](x)
+    (out,) = observe(quantizer(bits, "mse", scheme="symmetric", nonnegative=False), x)
+    top = 2 ** (bits - 1) - 1
+
+    def error_of_clip(clip):
+        steps = np.clip(np.round(x.numpy() * top / clip), -top, top)
+        return np.mean((steps * clip / top - x.numpy()) ** 2)
+
+    best = min(error_of_clip(clip) for clip in float(x.abs().max()) * np.linspace(0.002, 1, 500))
+    assert float((out - x).double().square().mean()) <= 1.25 * best
 
 
 @pytest.mark.parametrize(("estimator", "size"), [("percentile", 2**16), ("mse", 2**14)])

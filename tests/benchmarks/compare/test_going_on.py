@@ -106,6 +106,23 @@ def test_results_of_other_constants_of_a_method_are_not_mixed(copied, monkeypatc
     assert "other settings" in complaint(*copied[1], "--resume")
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("gdfq-w3a3-none-seed1.json", b"{}"), ("gdfq-w3a3-none-seed1.json", b"[]"),
+        ("gdfq-w3a3-none-seed1.json", b"null"), ("gdfq-w3a3-none-seed1.npy", b"PK\x03\x04" * 30),
+        ("gdfq-w3a3-none-seed1.ckpt", b"PK\x03\x04" * 30),
+    ],
+)  # fmt: skip
+def test_what_is_no_result_is_made_again(copied, name, content):
+    out, argv = copied
+    (out / name).write_bytes(content)
+    status, text, _ = call(*argv, "--resume")
+    assert status == 0
+    assert load(out)["table"] in text
+    assert (out / name).read_bytes() != content
+
+
 @pytest.mark.parametrize("size", [0, 50])
 @pytest.mark.parametrize(
     "name",

@@ -28,7 +28,7 @@ def test_figures_of_a_run(tmp_path, capsys):
         assert cell["float_agrees_with_student"] >= 99.9
         assert cell["bytes"] < cell["float32_bytes"]
         assert cell["conv_left"] == 0
-        assert cell["integer_layers"] == cell["layers"]
+        assert cell["integer_layers"] == cell["layers"] - 1  # not the last, of the logits
     assert "deployed.py" in content["command"]
     (row,) = tables.deployed_table(out).splitlines()[2:]
     assert row.startswith("| W4A4 |")
