@@ -71,16 +71,16 @@ class DiversityProbe:
             raise AgmValueError(f"need at least 2 latents to compare, got {images.shape[0]}")
         nan = images.new_full((), torch.nan)
         row = {
-            "image_movement": nan if self.images is None else _movement(images, self.images),
-            "feature_movement": nan
-            if self.features is None
-            else _movement(features, self.features),
+            "image_movement": nan,
+            "feature_movement": nan,
             "batch_similarity": _similarity(features, features),
-            "snapshot_similarity": nan
-            if self.features is None
-            else _similarity(features, self.features),
+            "snapshot_similarity": nan,
             "gradient_norm": self._gradient_norm(nan),
         }
+        if self.images is not None and self.features is not None:
+            row["image_movement"] = _movement(images, self.images)
+            row["feature_movement"] = _movement(features, self.features)
+            row["snapshot_similarity"] = _similarity(features, self.features)
         self.images, self.features = images, features
         return dict(zip(row, torch.stack(list(row.values())).tolist(), strict=True))
 

@@ -344,8 +344,7 @@ class Comparison:
             return None
         if cell["hooks"] == "real":
             return RealImages(self.task, seed=cell["seed"])
-        parts = {part: cell["hooks"] in (part, "both") for part in ("loss", "interpolation")}
-        return AGM(**parts, seed=cell["seed"])
+        return AGM(**report.parts(cell["hooks"]), seed=cell["seed"])
 
     def _save(self, cell: Cell, result: Result) -> Cell:
         """The quantized network, its images, and last the row, which says that all is there."""

@@ -55,6 +55,11 @@ def mean_std(values: Sequence[float]) -> str:
     return f"{np.mean(values):.2f} ± {spread}"
 
 
+def parts(arm: str) -> dict[str, bool]:
+    """Of the add-on in an arm of :data:`PARTS`, as :class:`agm.AGM` takes them."""
+    return {part: arm in (part, "both") for part in ("loss", "interpolation")}
+
+
 def paired_difference(base: dict[Any, float], other: dict[Any, float]) -> dict[str, Any]:
     """Mean of other - base over the seeds (or other keys) that both have, with its 95 % t interval.
 

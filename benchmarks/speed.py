@@ -43,20 +43,16 @@ from baselines.quantization.quantizers import observing
 from baselines.quantization.student import build_student
 from baselines.quantization.tracing import traced
 from baselines.training.bn_stats import batch_norm_statistics
+from baselines.training.checks import resolve_device
 from baselines.training.parallel import bytes_per_step
-from baselines.training.trainer import Trainer, resolve_device
+from baselines.training.trainer import Trainer
 from benchmarks import report
 from benchmarks.errors import UsageError
 from benchmarks.plain import plain_formulas
 from benchmarks.provenance import provenance
 from benchmarks.task import teachers
 
-ARMS = {
-    "none": {},
-    "loss": {"interpolation": False},
-    "interpolation": {"loss": False},
-    "both": {},
-}
+ARMS = ("none", *report.PARTS)
 # Steps in a measured round: the add-on's two parts take turns.
 TURNS = 2
 
@@ -86,7 +82,7 @@ def make(args: argparse.Namespace, method: str, arm: str, *, plain: bool) -> Tra
             recipe=recipe,
             config=config,
             image_shape=(channels, args.image_size, args.image_size),
-            hooks=[] if arm == "none" else [AGM(**ARMS[arm])],
+            hooks=[] if arm == "none" else [AGM(**report.parts(arm))],
             device=args.device,
             precision="fp32" if plain else args.precision,
         )

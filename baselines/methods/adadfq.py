@@ -10,11 +10,10 @@ import math
 from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from agm.hooks import Network
 from baselines.methods import gdfq
-from baselines.training.generators import LabelledGenerator
 from baselines.training.recipe import Recipe
 
 
@@ -31,38 +30,22 @@ def normalised_entropy(logits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class AdaDFQ:
-    """The published losses and constants.
+class AdaDFQ(gdfq.Labelled):
+    """The published losses and constants, besides the generator's, which is GDFQ's.
 
     Args:
-        latent_dim, width, many_classes, largest_start: of the generator, which is GDFQ's (100, 128,
-            None, None).
         lower, upper: lambda_l, lambda_u, the bounds of the normalised disagreement (0.1, 0.8).
         disagreement, agreement: alpha_ds, alpha_as (0.2, 0.1).
         bns_weight: gamma (1); beta is 1 as well.
         temperature: T (20; 5 on ImageNet).
     """
 
-    latent_dim: int = 100
-    width: int = 128
-    many_classes: int | None = None
-    largest_start: int | None = None
     lower: float = 0.1
     upper: float = 0.8
     disagreement: float = 0.2
     agreement: float = 0.1
     bns_weight: float = 1.0
     temperature: float = 20.0
-
-    def make_generator(
-        self, teacher: nn.Module, num_classes: int, image_shape: tuple[int, int, int]
-    ) -> nn.Module:
-        """GDFQ's generator."""
-        channels, size, _ = image_shape
-        return LabelledGenerator(
-            num_classes, size, channels, latent_dim=self.latent_dim, width=self.width,
-            many_classes=self.many_classes, largest_start=self.largest_start,
-        )  # fmt: skip
 
     def generator_terms(
         self,

@@ -18,8 +18,8 @@ from baselines.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class GDFQ:
-    """The published losses and constants.
+class Labelled:
+    """The generator of GDFQ and AdaDFQ.
 
     Args:
         latent_dim: of z (default 100).
@@ -28,20 +28,12 @@ class GDFQ:
             small images, too; None (default) for large images alone, as published.
         largest_start: side of the grid that it starts from, at most, see
             :class:`baselines.training.generators.Decoder`; None (default) as published.
-        bns_weight: of BNS in L_G (default 0.1).
-        ce_weight: of the student's cross-entropy (default 1).
-        temperature: T of the distillation (default 20).
-        over_classes: average the KL over the classes too, as published (default True).
     """
 
     latent_dim: int = 100
     width: int = 128
     many_classes: int | None = None
     largest_start: int | None = None
-    bns_weight: float = 0.1
-    ce_weight: float = 1.0
-    temperature: float = 20.0
-    over_classes: bool = True
 
     def make_generator(
         self, teacher: nn.Module, num_classes: int, image_shape: tuple[int, int, int]
@@ -52,6 +44,23 @@ class GDFQ:
             num_classes, size, channels, latent_dim=self.latent_dim, width=self.width,
             many_classes=self.many_classes, largest_start=self.largest_start,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GDFQ(Labelled):
+    """The published losses and constants, besides the generator's.
+
+    Args:
+        bns_weight: of BNS in L_G (default 0.1).
+        ce_weight: of the student's cross-entropy (default 1).
+        temperature: T of the distillation (default 20).
+        over_classes: average the KL over the classes too, as published (default True).
+    """
+
+    bns_weight: float = 0.1
+    ce_weight: float = 1.0
+    temperature: float = 20.0
+    over_classes: bool = True
 
     def generator_terms(
         self,

@@ -6,7 +6,7 @@ w = softmax of Gaussian noise, or, with probability 1 - p for a whole step, the 
 L_G and L_Q as GDFQ's, both cross-entropies on the soft label.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,7 @@ class SuperposedGenerator(nn.Module):
 
 @dataclass(frozen=True)
 class Qimera(GDFQ):
-    """GDFQ's losses and constants on soft labels, and
+    """GDFQ's losses and constants on soft labels, of which ``many_classes`` plays no part, and
 
     Args:
         latent_dim: of the decoder's input (default 64, CIFAR's).
@@ -117,7 +117,7 @@ class Qimera(GDFQ):
 def paper(image_size: int) -> tuple[Qimera, Recipe]:
     """The published settings; the optimizers, lengths and exceptions are GDFQ's."""
     method, recipe = gdfq.paper(image_size)
-    return _with_losses_of(method), recipe
+    return with_losses_of(method), recipe
 
 
 def quick(image_size: int) -> tuple[Qimera, Recipe]:
@@ -126,13 +126,10 @@ def quick(image_size: int) -> tuple[Qimera, Recipe]:
     At GDFQ's rate the images of a class grow alike (``benchmarks/evidence/results/ablation.md``).
     """
     method, recipe = gdfq.quick(image_size)
-    return _with_losses_of(method), replace(recipe, generator_lr=1e-4)
+    return with_losses_of(method), replace(recipe, generator_lr=1e-4)
 
 
-def _with_losses_of(method: GDFQ) -> Qimera:
-    shared = {
-        f.name: getattr(method, f.name)
-        for f in fields(method)
-        if f.name not in ("latent_dim", "many_classes")
-    }
-    return Qimera(**shared)
+def with_losses_of(method: GDFQ) -> Qimera:
+    """Qimera with all of GDFQ's settings, but for those of a generator that takes a label."""
+    own = {"latent_dim": Qimera.latent_dim, "many_classes": None}
+    return Qimera(**asdict(method) | own)

@@ -203,9 +203,9 @@ def _settle(network: fx.GraphModule, weights: list[Any], module: nn.Module) -> s
     owner = min(targets).rpartition(".")[0]
     layer = network.get_submodule(owner)
     elsewhere = any(
-        str(n.target) == owner or (n.op == "get_attr" and n.target not in targets)
+        str(n.target) == owner
+        or (n.op == "get_attr" and n.target.rpartition(".")[0] == owner and n.target not in targets)
         for n in network.graph.nodes
-        if str(n.target).rpartition(".")[0] == owner or str(n.target) == owner
     )
     name = owner
     if not owner or elsewhere or any(True for _ in layer.children()):

@@ -21,7 +21,6 @@ the images in the generator's turn is not run on them again in its own.
 """
 
 import copy
-import platform
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
@@ -39,7 +38,6 @@ from baselines.errors import (
     CheckpointError,
     ConfigError,
     NonFiniteLossError,
-    UnsupportedLayerError,
 )
 from baselines.quantization.batch_norms import with_folded_norms
 from baselines.quantization.copying import channels_last
@@ -49,6 +47,13 @@ from baselines.quantization.reference import Reference
 from baselines.quantization.student import build_student
 from baselines.quantization.tracing import traced
 from baselines.training.bn_stats import batch_norm_statistics, normalising_layers
+from baselines.training.checks import (
+    check_batch,
+    check_hooks,
+    number_of_classes,
+    resolve_device,
+    resolve_precision,
+)
 from baselines.training.input_range import InRange, input_range
 from baselines.training.layers import Layers
 from baselines.training.parallel import ALONE, Ranks, running_statistics
@@ -475,75 +480,3 @@ class Remembered:
     def overwritten(self) -> bool:
         """Whether somebody wrote into the output that all share."""
         return self.output is not None and self.output._version != self.version
-
-
-def check_hooks(hooks: Sequence[Hook]) -> list[Hook]:
-    """``hooks`` as a list, once each of them is seen to have all that a hook needs."""
-    if not isinstance(hooks, Iterable):
-        raise ConfigError(f"hooks must be a list, got {type(hooks).__name__}; write hooks=[...]")
-    hooks = list(hooks)
-    for hook in hooks:
-        needed = ("generator_loss", "student_batch", "state_dict", "load_state_dict")
-        lacking = [name for name in needed if not callable(getattr(hook, name, None))]
-        if isinstance(hook, type) or lacking:
-            what = f"the class {hook.__name__}" if isinstance(hook, type) else type(hook).__name__
-            raise ConfigError(
-                f"hooks must be objects with {', '.join(needed)}, got {what}; "
-                "see agm.Hook, or write hooks=[AGM()]"
-            )
-    return hooks
-
-
-def number_of_classes(logits: Tensor) -> int:
-    """Of (N, C) logits, whose softmax all methods take.
-
-    Raises:
-        UnsupportedLayerError: there is one class alone, or they are probabilities already.
-    """
-    classes = logits.shape[1]
-    if classes == 1:
-        raise UnsupportedLayerError(
-            "the network gives one logit, of which all methods take the softmax: it is always "
-            "1, and there is nothing to learn from; give it two outputs, 0 and the logit"
-        )
-    if ((logits >= 0) & (logits <= 1)).all() and logits.any():
-        raise UnsupportedLayerError(
-            "the network gives probabilities: all its outputs lie between 0 and 1; give it without "
-            "its last softmax or sigmoid, since the methods take the softmax themselves"
-        )
-    return classes
-
-
-def check_batch(batch_size: int, image_shape: tuple[int, int, int]) -> None:
-    """Raise :class:`ConfigError` if the generators' first BatchNorm would see one value."""
-    size = image_shape[-1]
-    if batch_size == 1 and size == 4:
-        raise ConfigError(
-            "one image of 4 pixels a side starts from one value a channel, of which the "
-            "generator's BatchNorm has no spread; set batch_size to 2 or more"
-        )
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The device, once it has been seen to work."""
-    try:
-        torch.zeros((), device=device).item()
-        return torch.device(device)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise ConfigError(f"device {str(device)!r} cannot be used: {error}") from error
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """``"auto"`` becomes ``"bf16"`` where the device has fast bf16 arithmetic, else ``"fp32"``."""
-    if precision not in ("auto", "fp32", "bf16"):
-        raise ConfigError(f"unknown precision {precision!r}; choose one of auto, fp32, bf16")
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if platform.machine() in ("x86_64", "AMD64"):
-        # oneDNN takes bf16 on all of AVX-512, and without its instructions at half fp32's speed.
-        fast = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    else:
-        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bf16" if fast else "fp32"

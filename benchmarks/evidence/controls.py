@@ -66,10 +66,9 @@ def hooks(arm: str, seed: int, steps: int = 0) -> list[Hook]:
     if arm == "none":
         return []
     part = arm.removesuffix(CONTROL)
-    parts = {name: part in (name, "both") for name in ("loss", "interpolation")}
     if part == arm:
-        return [AGM(seed=seed, **parts)]
-    hook = NoiseForLoss(seed=seed, **parts)
+        return [AGM(seed=seed, **report.parts(part))]
+    hook = NoiseForLoss(seed=seed, **report.parts(part))
     hook.mix = NoiseForInterpolation(seed=seed)
     return [hook]
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from baselines.errors import ConfigError
 from baselines.quantization.copying import image_channels
 from baselines.run import RECORDS
-from baselines.training.trainer import resolve_device
+from baselines.training.checks import resolve_device
 from benchmarks import progress
 from benchmarks.errors import UsageError
 from benchmarks.task import datasets, teachers

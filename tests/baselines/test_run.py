@@ -28,7 +28,7 @@ from baselines.errors import CheckpointError, ConfigError, UnsupportedLayerError
 from baselines.quantization import checkpoint
 from baselines.quantization.student import build_student
 from baselines.quantization.tracing import traced
-from baselines.training.trainer import resolve_precision
+from baselines.training.checks import resolve_precision
 from tests.baselines import Tiny, bits, fill, images, raw, same_state, weights
 
 STEPS = 12

@@ -17,8 +17,9 @@ from baselines import METHODS
 from baselines.errors import CheckpointError, ConfigError, NonFiniteLossError
 from baselines.methods import gdfq
 from baselines.quantization.quantizers import ActivationQuantizer
+from baselines.training.checks import resolve_precision
 from baselines.training.parallel import ALONE
-from baselines.training.trainer import Remembered, Trainer, resolve_precision
+from baselines.training.trainer import Remembered, Trainer
 from tests.baselines import Tiny, bits, fill, images, same_state, weights
 
 SMALL = {name: replace(module.paper(8)[0], width=4, latent_dim=6)

@@ -21,7 +21,7 @@ from baselines import METHODS
 from baselines.errors import CheckpointError, NonFiniteLossError
 from baselines.quantization import checkpoint as checkpoints
 from baselines.training import trainer
-from baselines.training.trainer import resolve_precision
+from baselines.training.checks import resolve_precision
 from benchmarks import compare
 from tests.benchmarks.compare import (
     BRIEF,

@@ -15,7 +15,7 @@ from baselines import METHODS, load_quantized
 from baselines.errors import ExportError
 from baselines.quantization import export
 from baselines.quantization.checkpoint import fingerprint
-from baselines.training.trainer import resolve_precision
+from baselines.training.checks import resolve_precision
 from benchmarks import command_line, progress
 from benchmarks.task import datasets, teachers
 from benchmarks.task import task as tasks
