@@ -201,6 +201,7 @@ def quantize(
         "input": [trainer.input_mean.tolist(), trainer.input_std.tolist()],
         "in_channels": in_channels,
         "precision": trainer.precision,
+        "device": trainer.device.type,  # whose random numbers are others
         "teacher": checkpoint.fingerprint(teacher),
         "records": records,
         "ranks": ranks.size,

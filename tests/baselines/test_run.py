@@ -411,6 +411,16 @@ def test_another_runs_checkpoint_is_refused(tmp_path, changes):
     assert steps == []
 
 
+def test_a_run_of_another_kind_of_device_is_refused(tmp_path):
+    path = tmp_path / "run.pt"
+    interrupted(path)
+    state = checkpoint.load(path)
+    state["identity"]["device"] = "cuda"
+    checkpoint.save(path, state)
+    with pytest.raises(CheckpointError, match="is of another run: device differ"):
+        run(checkpoint_path=path, resume=True)
+
+
 def test_a_hook_of_another_class_is_refused(tmp_path):
     class Other(AGM):
         def state_dict(self):
