@@ -70,6 +70,7 @@ GRIDS = {
     "digits-w2a2-adadfq": (f"--bits 2 --baseline adadfq {ROOM}", 80),
     "digits-w2a2-adadfq-equal-time": ("--bits 2 --baseline adadfq --steps 660", 80),
     "resnet20-w2a2-1200-gdfq-equal-time": (f"{CIFAR10} --bits 2 --steps 1440", 5),
+    "cifar100-w2a2-gdfq-equal-time": (f"{CIFAR100} --bits 2 --steps 1440", 5),
     "resnet20-w2a2-gdfq-equal-time": (f"{CIFAR10} --bits 2 --steps 3960", 5),
     "resnet20-w2a2-1200-gdfq-parts": (f"{CIFAR10} --bits 2 --steps 1200 {PARTS}", 5),
     "digits-w2a2-parts": (f"--bits 2 --baseline all {PARTS}", 10),
@@ -124,13 +125,14 @@ def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
         sources = known.setdefault("sources", [])
         if source not in sources:
             sources.append(source)
-        own = {"source": sources.index(source)}
-        if not arguments.startswith(CIFAR10):
-            own |= {"history": []}
+        changed = {} if arguments.startswith(CIFAR10) else {"history": []}
         cells = {cell["name"]: cell for cell in known.get("cells", [])}
         for cell in content["cells"]:
-            if cell["error"] is None and cell["name"] not in elsewhere:
-                cells[cell["name"]] = {k: v for k, v in cell.items() if k != "policy"} | own
+            row = {k: v for k, v in cell.items() if k != "policy"} | changed
+            # What a resumed run found there keeps its source.
+            there = row.items() <= cells.get(cell["name"], {}).items()
+            if cell["error"] is None and cell["name"] not in elsewhere and not there:
+                cells[cell["name"]] = row | {"source": sources.index(source)}
         used = sorted({cell["source"] for cell in cells.values()})
         known["sources"] = [sources[i] for i in used]
         known["cells"] = [

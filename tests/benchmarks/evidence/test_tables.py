@@ -101,10 +101,10 @@ def test_the_share_of_the_room(folder):
     real = [cell("real", i, v) for i, v in enumerate([84.0, 86.1])]
     grid(folder / "c.json", "--model resnet20 --with-real", real)
     _, _, row = tables.room_table(tables.proof_rows(folder)).splitlines()
-    # The add-on's differences 1, 0.5, 2, real images' 4, 4.1: the third seed has no share in it.
+    # The add-on's differences 1, 0.5, 2, real images' 4, 4.1.
     assert row.startswith("| ResNet-20 W3A3 GDFQ | 81.00 ± 1.00 | +1.17 [")
     assert "] |  | +4.05 [" in row
-    assert row.endswith(f"], {100 * 0.75 / 4.05:.0f} % | 3, 2 |")
+    assert row.endswith(f"], {100 * 3.5 / 3 / 4.05:.0f} % | 3, 2 |")
     # One seed alone has real images, or they bring nothing: no share.
     for values, text in (
         ([84.0], "| +4.00 n/a | 3, 1 |"),
