@@ -117,7 +117,7 @@ class Qimera(GDFQ):
 def paper(image_size: int) -> tuple[Qimera, Recipe]:
     """The published settings; the optimizers, lengths and exceptions are GDFQ's."""
     method, recipe = gdfq.paper(image_size)
-    return with_losses_of(method), recipe
+    return _with_losses_of(method), recipe
 
 
 def quick(image_size: int) -> tuple[Qimera, Recipe]:
@@ -126,10 +126,10 @@ def quick(image_size: int) -> tuple[Qimera, Recipe]:
     At GDFQ's rate the images of a class grow alike (``benchmarks/evidence/results/ablation.md``).
     """
     method, recipe = gdfq.quick(image_size)
-    return with_losses_of(method), replace(recipe, generator_lr=1e-4)
+    return _with_losses_of(method), replace(recipe, generator_lr=1e-4)
 
 
-def with_losses_of(method: GDFQ) -> Qimera:
+def _with_losses_of(method: GDFQ) -> Qimera:
     """Qimera with all of GDFQ's settings, but for those of a generator that takes a label."""
     own = {"latent_dim": Qimera.latent_dim, "many_classes": None}
     return Qimera(**asdict(method) | own)

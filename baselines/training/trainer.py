@@ -263,7 +263,8 @@ class Trainer:
             of_student = [p.grad for p in self.student.parameters()]
             self.ranks.average_(of_student)
             gradients += of_student
-        self._watch(named, [g for g in gradients if g is not None])
+        norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+        self._watch(named | {"norm of all gradients": norm})
         self.generator_optimizer.step()
         if student_terms:
             self.student_optimizer.step()
@@ -363,9 +364,8 @@ class Trainer:
             return images
         return shifted(images, *draw_shift(images.shape[-1], self.shifts_rng))
 
-    def _watch(self, terms: dict[str, Tensor], gradients: list[Tensor]) -> None:
-        """Stop all updates from the first loss on that is not finite; tell of it when asked."""
-        terms = terms | {"norm of all gradients": torch.nn.utils.get_total_norm(gradients)}
+    def _watch(self, terms: dict[str, Tensor]) -> None:
+        """Stop all updates from the first of them on that is not finite; tell of it when asked."""
         values = torch.stack([term.float() for term in terms.values()])
         self.found_inf.copy_(self.found_inf.maximum(values.isfinite().logical_not().any()))
         self._unasked.append((self.step_count, list(terms), values))

@@ -118,9 +118,8 @@ class GraphedTrainer(Trainer):
     def _shifted(self, images: Tensor) -> Tensor:
         return shifted_on_device(images, self.rng) if self.recipe.shift else images
 
-    def _watch(self, terms: dict[str, Tensor], gradients: list[Tensor]) -> None:
-        norm = torch.nn.utils.get_total_norm(gradients)
-        values = torch.stack([term.float() for term in (*terms.values(), norm)])
+    def _watch(self, terms: dict[str, Tensor]) -> None:
+        values = torch.stack([term.float() for term in terms.values()])
         self.found_inf.copy_(self.found_inf.maximum(values.isfinite().logical_not().any()))
         self.sound += 1 - self.found_inf
 

@@ -110,7 +110,7 @@ def images(arguments: str, given: argparse.Namespace) -> list[str] | None:
 
 
 def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
-    """Put a report's cells into the grid's file, but for those that another grid's file holds.
+    """Put a report's cells into the grid's file, but for those that it or another one holds.
 
     Each names its source: commit, machine, settings.
     Histories are kept for ResNet-20, whose curves the record shows; those of digits are ten times
@@ -118,7 +118,7 @@ def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
     """
     with locked(RESULTS, wait=True):
         path = RESULTS / f"{grid}.json"
-        elsewhere = present(setting(arguments), but=path)
+        there = present(setting(arguments))
         known = json.loads(path.read_text()) if path.exists() else {"arguments": arguments}
         known["arguments"] = arguments
         source = {key: content[key] for key in ("command", "settings", "versions", "machine")}
@@ -128,10 +128,8 @@ def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
         changed = {} if arguments.startswith(CIFAR10) else {"history": []}
         cells = {cell["name"]: cell for cell in known.get("cells", [])}
         for cell in content["cells"]:
-            row = {k: v for k, v in cell.items() if k != "policy"} | changed
-            # What a resumed run found there keeps its source.
-            there = row.items() <= cells.get(cell["name"], {}).items()
-            if cell["error"] is None and cell["name"] not in elsewhere and not there:
+            if cell["error"] is None and cell["name"] not in there:
+                row = {k: v for k, v in cell.items() if k != "policy"} | changed
                 cells[cell["name"]] = row | {"source": sources.index(source)}
         used = sorted({cell["source"] for cell in cells.values()})
         known["sources"] = [sources[i] for i in used]
@@ -155,9 +153,9 @@ def missing(argv: list[str], its_setting: str) -> bool:
     )
 
 
-def present(its_setting: str, but: Path | None = None) -> set[str]:
-    """The cells that some (other) file of this setting holds as they would be trained today."""
-    files = [json.loads(path.read_text()) for path in RESULTS.glob("*.json") if path != but]
+def present(its_setting: str) -> set[str]:
+    """The cells that some file of this setting holds as they would be trained today."""
+    files = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
     return {
         cell["name"]
         for file in files

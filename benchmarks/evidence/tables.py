@@ -68,7 +68,7 @@ POOLED = {
         "ResNet-20 W2A2 GDFQ", "ResNet-20 W4A4 GDFQ", "ResNet-20, CIFAR-100, W3A3 GDFQ",
     ),
 }  # fmt: skip
-# Seeds whose number was fixed before any of them was looked at; the others of the row were not.
+# Seeds whose number was fixed before any of them was looked at, and to which none were added.
 FIXED_BEFORE = {
     "digits W2A2 AdaDFQ": range(130, 180), "digits, equal time, W2A2 AdaDFQ": range(130, 180),
 }  # fmt: skip
