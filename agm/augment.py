@@ -124,6 +124,8 @@ class LinearInterpolation:
 def _soft_labels(labels: Tensor, images: Tensor, num_classes: int | None) -> Tensor:
     """(N, C) probabilities from (N,) integers or (N, C) probabilities."""
     n = images.shape[0]
+    if not isinstance(labels, Tensor):
+        raise AgmValueError(f"labels must be a tensor, got {type(labels).__name__}")
     if labels.is_floating_point():
         if labels.ndim != 2 or labels.shape[0] != n:
             raise AgmValueError(f"soft labels must be ({n}, C), got {tuple(labels.shape)}")

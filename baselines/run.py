@@ -255,6 +255,7 @@ def make_trainer(
     check_choice("recipe", recipe, RECIPES)
     image_size = _whole("image_size", image_size)
     where["seed"] = _whole("seed", where.get("seed", 0))
+    weight_bits, act_bits, edge_bits = map(_python, (weight_bits, act_bits, edge_bits))
     losses, base = getattr(METHODS[method], recipe)(image_size)
     lengths = {"steps": steps, "batch_size": batch_size}
     changes: dict[str, Any] = {
@@ -273,10 +274,16 @@ def make_trainer(
 
 
 def _whole(name: str, value: Any, least: int = 0) -> int:
-    """``value``, of whatever library's integers, as Python's own."""
-    if not isinstance(value, Integral) or not least <= value < 2**63:
+    """``value`` as Python's own integer, which is at least ``least``."""
+    whole = _python(value)
+    if not isinstance(whole, int) or not least <= whole < 2**63:
         raise ConfigError(f"{name} must be a whole number >= {least}, got {value!r}")
-    return int(value)
+    return whole
+
+
+def _python(value: Any) -> Any:
+    """An integer of whatever library as Python's own, and anything else as it is."""
+    return int(value) if isinstance(value, Integral) else value
 
 
 def _described(hook: Hook) -> str:

@@ -34,7 +34,10 @@ def _commit() -> str | None:
 
     def git(*arguments: str) -> str:
         folder = Path(__file__).parents[1]
-        run = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+        try:
+            run = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+        except OSError:  # not installed
+            return ""
         return run.stdout.strip() if run.returncode == 0 else ""
 
     commit = git("rev-parse", "--short=12", "HEAD")

@@ -81,14 +81,14 @@ def fold(conv: nn.Module, norm: nn.Module) -> None:
 
 
 def normalised_convolutions(network: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
-    """Every (conv, BatchNorm) of which the BatchNorm alone reads what the conv gives."""
+    """Every (conv, folded or not, BatchNorm) of which that alone reads what the conv gives."""
     calls = _calls(network)
     pairs = []
     for node in network.graph.nodes:
         norm = called(network, node)
         source = node.all_input_nodes[0] if node.all_input_nodes else None
         conv = called(network, source) if source is not None else None
-        if not (isinstance(norm, BATCH_NORMS) and isinstance(conv, CONVOLUTIONS)):
+        if not (isinstance(norm, BATCH_NORMS) and isinstance(conv, (*CONVOLUTIONS, FoldedConv))):
             continue
         if len(source.users) > 1 or calls[str(source.target)] > 1 or norm.running_mean is None:
             continue

@@ -47,12 +47,19 @@ def own_copy(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modul
         if {id(m) for m in own.modules()} & {id(m) for m in network.modules()}:
             raise TypeError("its __deepcopy__ gives the network itself, or a part of it")
         own.eval()  # whose override may return nothing
-        return own.to("cpu", dtype)
+        return own._apply(lambda t: t.to("cpu", _dtype(t, dtype)))
     except Exception as error:
         raise UnsupportedLayerError(
             f"{type(network).__name__} cannot be copied ({error}); a tensor kept as an attribute "
             "must be a parameter, a buffer, or detached"
         ) from error
+
+
+def _dtype(tensor: Tensor, real: torch.dtype) -> torch.dtype:
+    """What a tensor of a network whose numbers are ``real`` has; integers stay as they are."""
+    if tensor.is_complex():  # torch's Module.to would drop the imaginary part
+        return real.to_complex()
+    return real if tensor.is_floating_point() else tensor.dtype
 
 
 def channels_last(network: nn.Module) -> nn.Module:

@@ -7,14 +7,13 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from baselines.quantization.batch_norms import NormalisedConv
-from baselines.quantization.graph import BATCH_NORMS, WEIGHTED, argument, called
+from baselines.quantization.graph import WEIGHTED, argument, called
 from baselines.quantization.quantizers import ActivationQuantizer
 
 # Values pass through these as they are, so a quantized tensor stays one.
 _TRANSPARENT = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
     nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle,
-    nn.UpsamplingNearest2d, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d,
 )  # fmt: skip
 _TRANSPARENT_FUNCTIONS = (
     torch.flatten, operator.getitem, torch.reshape, torch.squeeze, torch.unsqueeze, torch.chunk,
@@ -27,8 +26,14 @@ _TRANSPARENT_METHODS = (
 )  # fmt: skip
 _RELUS = (nn.ReLU, nn.ReLU6)
 _RELU_FUNCTIONS = (F.relu, F.relu6, F.relu_, torch.relu, torch.relu_)
-_AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
-_AVERAGE_FUNCTIONS = ("avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d")
+_AVERAGES = (
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+)  # fmt: skip
+_AVERAGE_FUNCTIONS = (
+    "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+)  # fmt: skip
 
 
 def weighted_layer(student: fx.GraphModule, node: fx.Node) -> nn.Module | None:
@@ -68,11 +73,16 @@ def is_average(student: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def maker(student: fx.GraphModule, value: fx.Node) -> fx.Node:
-    """The node where the values of ``value`` come from, however rearranged."""
+    """The node where the values of ``value`` come from, however rearranged.
+
+    Behind a padding by some other number than 0 it is the last rearrangement: that number says
+    nothing of the values, and may be left out again, as -inf is by a max-pool.
+    """
     node, found = value, value
     while is_transparent(student, node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
-        if node.meta.get("is_tensor", True):  # not the tuple of chunks, whose source may be one
+        # Not the tuple of chunks, whose source may be one.
+        if node.meta.get("is_tensor", True) and not _fills(node):
             found = node
     return found
 
@@ -88,20 +98,26 @@ def is_transparent(student: fx.GraphModule, node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     if node.target is F.pad:
-        return argument(node, 2, "mode", "constant") != "constant" or not argument(node, 3, "value")
+        return not _fills(node)
     if node.target is F.interpolate:
         return argument(node, 3, "mode", "nearest").startswith("nearest")
     return node.target in _TRANSPARENT_FUNCTIONS
 
 
+def _fills(node: fx.Node) -> bool:
+    """A padding by some other number than 0."""
+    constant = node.target is F.pad and argument(node, 2, "mode", "constant") == "constant"
+    return constant and bool(argument(node, 3, "value"))
+
+
 def _of_one_value(student: fx.GraphModule, node: fx.Node) -> bool:
     """A pooled mean of one value each, which only leaves values out."""
-    if node.target in (F.avg_pool1d, F.avg_pool2d):
+    if node.target in (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d):
         size = argument(node, 1, "kernel_size")
     else:
         module = called(student, node)
-        size = module.kernel_size if isinstance(module, nn.AvgPool1d | nn.AvgPool2d) else None
-    return size in (1, (1,), (1, 1), [1], [1, 1])
+        size = module.kernel_size if isinstance(module, _AVERAGES[:3]) else None
+    return size == 1 or (isinstance(size, tuple | list) and all(side == 1 for side in size))
 
 
 def makers_before(student: fx.GraphModule, node: fx.Node) -> set[fx.Node]:
@@ -120,8 +136,7 @@ def of_images_alone(student: fx.GraphModule) -> set[fx.Node]:
     """The nodes that no layer with weights stands before: the images, shifted and scaled or not."""
     found: set[fx.Node] = set()
     for node in student.graph.nodes:
-        layer = weighted_layer(student, node) is not None
-        if layer or isinstance(called(student, node), BATCH_NORMS):
+        if weighted_layer(student, node) is not None:
             continue
         inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
         if node.op == "placeholder" or (inputs and all(n in found for n in inputs)):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baselines.errors import ConfigError
+from baselines.errors import ConfigError, UnsupportedLayerError
 
 SCHEMES = ("asymmetric", "symmetric")
 STES = ("identity", "clipped")
@@ -303,6 +303,13 @@ class ActivationQuantizer(nn.Module):
         if state is None or not self._known or self._known[0] != state:
             scheme = "symmetric" if self.signed else "asymmetric"
             qmin, qmax = integer_range(self.bit_width, scheme, signed=self.signed)
+            if not bool(self.averages.isfinite().all()):
+                low, high = (self.averages / (1 - self.decay**self.batches)).tolist()
+                raise UnsupportedLayerError(
+                    "an activation that is to be quantized has values that are not finite: its "
+                    f"range is [{low:.4g}, {high:.4g}]; look at the network's activations for "
+                    "random images"
+                )
             self._known = (state, (qmin, qmax, int(self.zero_point)), bool(self.batches > 0))
         return self._known[1:]
 

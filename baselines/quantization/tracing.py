@@ -7,6 +7,7 @@ network -> own copy, without hooks, reparametrized weights as plain ones (copyin
 """
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +23,8 @@ from baselines.quantization.graph import attribute, check_logits_shape, cleaned
 
 _TRACING = threading.Lock()  # torch.fx patches nn.Module while it traces
 EXAMPLE = 5  # images; a size that is one of a layer, too, could be taken for the batch's
+# Of modules that are another spelling of one function, which is followed in their place.
+_FUNCTIONS_ALONE = ("torch.nn.modules.padding", "torch.nn.modules.upsampling")
 # Products of two activations outside of a layer, by what all their spellings come to.
 _PRODUCTS = (
     "mm", "bmm", "addmm", "baddbmm", "addbmm", "dot", "vdot", "mv", "addmv", "convolution",
@@ -58,7 +61,7 @@ def traced(
             f"the network does not take {size} images ({error}); set image_size, or in_channels; "
             "its forward must take a batch of any size"
         ) from error
-    _check_other_batch(network, example, type(network).__name__)
+    _check_other_batches(network, example, type(network).__name__)
     entry = _Entry(network)
     try:
         graph = _graph(entry, example)
@@ -84,7 +87,7 @@ def traced(
     canonical(result)
     result.meta["image_shape"] = tuple(image_shape)
     result = cleaned(result)
-    _check_other_batch(result, example, f"the copy of {type(network).__name__}")
+    _check_other_batches(result, example, f"the copy of {type(network).__name__}")
     return result
 
 
@@ -102,15 +105,17 @@ def _graph(entry: nn.Module, example: Tensor) -> fx.Graph:
     raise first
 
 
-def _check_other_batch(network: nn.Module, example: Tensor, what: str) -> None:
-    try:
-        with torch.no_grad():
-            network(torch.cat([example, example[:1]]))
-    except Exception as error:
-        raise UnsupportedLayerError(
-            f"{what} takes {len(example)} images, and not {len(example) + 1} "
-            f"({type(error).__name__}: {error}); its forward must take a batch of any size"
-        ) from error
+def _check_other_batches(network: nn.Module, example: Tensor, what: str) -> None:
+    """That it also takes one image more, and one image alone."""
+    for images in (torch.cat([example, example[:1]]), example[:1]):
+        try:
+            with torch.no_grad():
+                check_logits_shape(network(images), len(images))
+        except Exception as error:
+            raise UnsupportedLayerError(
+                f"{what} takes {len(example)} images, and not {len(images)} "
+                f"({type(error).__name__}: {error}); its forward must take a batch of any size"
+            ) from error
 
 
 def _kept(network: nn.Module, constant: Tensor) -> str:
@@ -150,6 +155,7 @@ class _ValueTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # The network itself is no layer, also if its class is torch's, such as DataParallel.
         own = "forward" in vars(m) or module_qualified_name == "network"
+        own = own or type(m).__module__ in _FUNCTIONS_ALONE
         return not own and super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -225,6 +231,17 @@ class _Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Shape(tuple):
+    """As torch.Size, which cannot hold the batch's size, a proxy."""
+
+    def numel(self) -> Any:
+        return math.prod(self)
+
+    def __getitem__(self, index: Any) -> Any:
+        part = super().__getitem__(index)
+        return _Shape(part) if isinstance(index, slice) else part
+
+
 class _ValueProxy(fx.Proxy):
     @property
     def _value(self) -> Any:
@@ -234,7 +251,7 @@ class _ValueProxy(fx.Proxy):
         value = self._value
         if isinstance(value, Tensor):
             if name == "shape":
-                return tuple(self.tracer.size(self, i) for i in range(value.ndim))
+                return _Shape(self.tracer.size(self, i) for i in range(value.ndim))
             if name in ("ndim", "dtype", "is_cuda", "layout", "requires_grad"):
                 return getattr(value, name)
             if name == "data":

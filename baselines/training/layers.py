@@ -64,14 +64,18 @@ class Layers:
     def distance(self) -> Tensor:
         """Of what both networks gave last; float32, scalar, with the student's graph alone.
 
-        0 where a layer of the teacher gives each channel the same value throughout.
+        0 where a layer of the teacher gives each channel the same value, but for rounding.
         """
         terms = []
         for of_teacher, of_student in self.modules:
             t, s = self.given[of_teacher].detach(), self.given[of_student]
             # A linear layer's channels come last, also behind several dimensions.
             rows = t.flatten(0, -2) if isinstance(of_teacher, nn.Linear) else t
-            spread = channel_moments(rows)[1].mean()
+            mean, variance = channel_moments(rows)
+            # What a constant's variance may be for rounding; the moments' own is below 1e-30.
+            rounding = (64 * torch.finfo(mean.dtype).eps * mean).square().mean() + 1e-30
+            spread = variance.mean()
+            spread = torch.where(spread > rounding, spread, torch.inf)
             error = (s - t).square().sum(dtype=torch.promote_types(s.dtype, torch.float32))
-            terms.append(torch.where(spread > 0, error / (spread * s.numel()), 0.0))
+            terms.append(error / (spread * s.numel()))
         return torch.stack(terms).mean()

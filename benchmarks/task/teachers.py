@@ -189,7 +189,8 @@ def build_with_inputs(
         )
     if weights is not None:
         load_weights(network, weights)
-    return network.eval().float(), inputs
+    network.eval()  # whose override may return nothing
+    return network.float(), inputs
 
 
 def hits(

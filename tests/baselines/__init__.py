@@ -68,6 +68,21 @@ class Tiny(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Head(nn.Module):
+    """anything -> conv -> BatchNorm -> ReLU -> linear."""
+
+    def __init__(self, anything: Any = None, conv: Any = None, norm: Any = None):
+        super().__init__()
+        self.anything = anything if anything is not None else nn.Identity()
+        self.conv = conv if conv is not None else nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = norm if norm is not None else nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 5)
+        fill(self, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.norm(self.conv(self.anything(x)))).mean((2, 3)))
+
+
 def images(n: int = 8, size: int = 8, seed: int = 0, channels: int = 3) -> Tensor:
     return torch.randn(n, channels, size, size, generator=rng(seed))
 

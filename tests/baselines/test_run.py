@@ -845,6 +845,7 @@ def test_a_network_that_does_not_run_in_bf16():
 
 def test_numpys_integers_are_integers(tmp_path):
     lengths = {"steps": 6, "batch_size": 4, "image_size": 8, "seed": 3, "in_channels": 3}
+    lengths |= {"weight_bits": 3, "act_bits": 4, "edge_bits": 8}
     counts = {"records": 2, "eval_every": 2, "checkpoint_every": 2}
     asked = {"evaluate": lambda model: 0.5}
     plain = run(**lengths, **counts, **asked)

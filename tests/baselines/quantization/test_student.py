@@ -13,6 +13,7 @@ from agm import AgmError
 from baselines.errors import UnsupportedLayerError
 from baselines.methods import gdfq
 from baselines.quantization.batch_norms import NormalisedConv
+from baselines.quantization.export import export_onnx
 from baselines.quantization.policy import QuantizationConfig, bit_policy
 from baselines.quantization.quantizers import (
     ActivationQuantizer,
@@ -593,6 +594,64 @@ def test_whatever_made_it_a_layer_reads_a_quantized_tensor(anything, fold):
     assert bit_policy(student).floating == 0
     with unquantized(student):
         assert torch.allclose(student(x), net(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, -1e4, -torch.inf])
+@pytest.mark.parametrize("module", [False, True])
+def test_what_a_max_pool_leaves_out_again_takes_no_part_in_a_range(value, module, tmp_path):
+    anything = nn.Sequential(nn.ReLU(), nn.ConstantPad2d((0, 1, 0, 1), value), nn.MaxPool2d(3, 2))
+    if not module:
+        anything = lambda x: F.max_pool2d(F.pad(F.relu(x), (0, 1, 0, 1), value=value), 3, 2)  # noqa: E731
+    net, x = Between(anything), images()
+    student = observe(build(net, weight_bits=8, act_bits=8, range_estimator="mse"), x)
+    assert error(student(x), net(x)) < 0.05
+    assert len(bit_policy(student).rows) == 6
+    exported = export_onnx(student, tmp_path / "a.onnx", x)
+    assert exported.integer_layers == 2  # the last layer gives logits
+
+
+def test_a_range_that_is_not_finite_is_named():
+    quantizer = ActivationQuantizer(3, scheme="asymmetric", ste="clipped", range_estimator="max")
+    quantizer.observing = True
+    with pytest.raises(UnsupportedLayerError, match=r"not finite: its range is \[-inf, 1\]"):
+        quantizer(torch.tensor([1.0, -torch.inf]))
+
+
+class Volumes(nn.Module):
+    """Images as volumes of two layers, through a pooled mean of three dimensions."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.conv, self.norm, self.pool = nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4), pool
+        self.next, self.fc = nn.Conv3d(4, 6, 1), nn.Linear(6, 5)
+        fill(self, 0)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x.unflatten(2, (2, 4)))).relu()
+        return self.fc(self.next(self.pool(x)).relu().mean((2, 3, 4)))
+
+
+@pytest.mark.parametrize(
+    ("pool", "bits"),
+    [(nn.AvgPool3d(2), "8"), (nn.AdaptiveAvgPool3d(2), "8"), (nn.AvgPool3d(1), "3"),
+     (lambda x: F.avg_pool3d(x, 2), "8"), (lambda x: F.adaptive_avg_pool3d(x, 1), "8"),
+     (lambda x: F.avg_pool3d(x, (1, 1, 1)), "3")],
+)  # fmt: skip
+def test_averages_of_any_dimension_have_eight_bits(pool, bits):
+    policy = bit_policy(build(Volumes(pool), act_bits=3))
+    assert [b for b, _ in rows(policy, "activation").values()] == ["8", bits, "8"]
+
+
+@pytest.mark.parametrize("upsample", [nn.Upsample(scale_factor=2), nn.UpsamplingNearest2d(16)])
+def test_copies_of_pixels_are_no_new_tensor(upsample):
+    student = build(Between(nn.Sequential(nn.ReLU(), upsample)))
+    assert all(m.nonnegative for m in quantizers(student)[1:2])
+
+
+def test_an_image_that_a_batch_norm_reads_first_has_eight_bits():
+    net = nn.Sequential(nn.BatchNorm2d(3), Tiny())
+    policy = bit_policy(build(fill(net, 0), act_bits=3))
+    assert [b for b, _ in rows(policy, "activation").values()] == ["8", "3", "8"]
 
 
 def test_signs_and_zero_points():

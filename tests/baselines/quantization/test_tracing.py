@@ -22,7 +22,7 @@ from baselines.quantization.quantizers import observing
 from baselines.quantization.reference import Reference
 from baselines.quantization.student import build_student
 from baselines.quantization.tracing import traced
-from tests.baselines import Tiny, bits, fill, images
+from tests.baselines import Head, Tiny, bits, fill, images
 
 SHAPE = (3, 8, 8)
 
@@ -33,21 +33,6 @@ def check(network, x=None):
     graph = traced(network, tuple(x.shape[1:]), x.dtype)
     Reference(network, x).check(graph, "traced")
     return graph
-
-
-class Head(nn.Module):
-    """anything -> conv -> BatchNorm -> ReLU -> linear."""
-
-    def __init__(self, anything=None, conv=None, norm=None):
-        super().__init__()
-        self.anything = anything if anything is not None else nn.Identity()
-        self.conv = conv if conv is not None else nn.Conv2d(3, 4, 3, padding=1)
-        self.norm = norm if norm is not None else nn.BatchNorm2d(4)
-        self.fc = nn.Linear(4, 5)
-        fill(self, 0)
-
-    def forward(self, x):
-        return self.fc(F.relu(self.norm(self.conv(self.anything(x)))).mean((2, 3)))
 
 
 # Arguments, branches, sizes
@@ -642,7 +627,7 @@ PRODUCTS = {
     "tensordot": lambda net, x: torch.tensordot(x, net.square, ([1], [0])).permute(0, 3, 1, 2),
     "attention": lambda net, x: F.scaled_dot_product_attention(x, x, x),
     "convolution": lambda net, x: torch.convolution(
-        x, x[:4, :, :3, :3], None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1
+        x, x[:1, :, :3, :3].repeat(4, 1, 1, 1), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1
     ).repeat(1, 2, 1, 1)[:, :6],
 }  # fmt: skip
 
@@ -670,8 +655,20 @@ def shuffled(net, x):
         lambda net, x: x + net.row.expand(x.size(0), -1, -1, -1),
         lambda net, x: (lambda both: both.sum(0) / both.shape[0])(torch.stack([x, x.square()])),
         lambda net, x: x * 2 if net.row.sum() < 1 else x,
+        lambda net, x: x.view(-1, x.shape[1:].numel()).view(len(net.square) and x.shape),
+        lambda net, x: x.new_zeros(x.shape).reshape(x.shape[0], x.shape[1:][0], *x.shape[-2:]) + x,
     ],
-    ids=["product of constants", "data.size", "data", "mT", "expanded", "two branches", "branch"],
+    ids=[
+        "product of constants",
+        "data.size",
+        "data",
+        "mT",
+        "expanded",
+        "two branches",
+        "branch",
+        "numel",
+        "shape",
+    ],
 )
 def test_what_a_forward_does(inside):
     network = Inside(inside)
@@ -683,6 +680,42 @@ def test_what_a_forward_does(inside):
 def test_torchscript_is_refused_by_name(made):
     with pytest.raises(UnsupportedLayerError, match=r"TorchScript.*give the Python module"):
         traced(made(Head()), SHAPE)
+
+
+class Squeezed(Head):
+    def forward(self, x):
+        return super().forward(x).squeeze()
+
+
+@pytest.mark.parametrize(
+    ("network", "why"),
+    [
+        (Squeezed(), r"for 1 images it returned \(5,\)"),
+        (nn.Sequential(Squeezed(), nn.BatchNorm1d(5)).eval(), "expected 2D or 3D input"),
+        (nn.Sequential(Head(), nn.BatchNorm1d(5, track_running_stats=False)).eval(), "more than 1"),
+    ],
+)
+def test_a_network_that_does_not_take_one_image(network, why):
+    with pytest.raises(UnsupportedLayerError, match=rf"5 images, and not 1 .*{why}.*any size"):
+        traced(network, SHAPE)
+
+
+class Phase(nn.Module):
+    """A shift by half a pixel, by a buffer of complex numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("phase", torch.exp(1j * torch.pi * torch.fft.rfftfreq(8)))
+
+    def forward(self, x):
+        return torch.fft.irfft(torch.fft.rfft(x) * self.phase, n=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_complex_buffers_keep_their_imaginary_part(dtype):
+    net, x = Head(Phase()), images()
+    with torch.no_grad():
+        assert torch.allclose(traced(net, SHAPE, dtype)(x.to(dtype)).float(), net(x), atol=1e-6)
 
 
 def test_a_network_for_one_number_of_images():

@@ -10,7 +10,7 @@ from baselines.quantization.quantizers import observing, unquantized
 from baselines.quantization.student import build_student
 from baselines.quantization.tracing import traced
 from baselines.training.layers import EVERY, Layers
-from tests.baselines import Tiny, fill, images
+from tests.baselines import Head, Tiny, fill, images
 
 
 class Deep(nn.Module):
@@ -87,6 +87,18 @@ def test_a_student_that_is_not_rounded_is_at_no_distance(fold):
         assert layers.distance() < 1e-8
 
 
+def test_a_convolution_that_two_batch_norms_follow_is_not_compared():
+    # The student's is one with both of them, the teacher's with the first alone.
+    first = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
+    net = Head(first, norm=nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4)))
+    teacher, student = both(net, True)
+    layers, x = Layers(teacher, student), images(16, seed=1)
+    assert layers.names == ["anything.0"]
+    with layers.collected(), unquantized(student):
+        assert torch.allclose(teacher(x), student(x), atol=1e-5)
+        assert layers.distance() < 1e-8
+
+
 class Pointwise(nn.Module):
     """A layer of one pixel, as a convolution or as a linear one on channels that come last."""
 
@@ -121,11 +133,12 @@ def test_a_linear_layers_channels_are_its_last_dimension():
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
-def test_a_layer_that_gives_a_constant_counts_nothing():
+@pytest.mark.parametrize("constant", [0, 0.7, -30])
+def test_a_layer_that_gives_a_constant_counts_nothing(constant):
     net = Tiny()
     with torch.no_grad():
-        net.bn1.weight.fill_(1e-9)
-        net.bn1.bias.zero_()
+        net.bn1.bias.fill_(constant)
+        net.bn1.running_mean.zero_()
         net.conv1.weight.zero_()
     teacher, student = both(net, True)
     layers = Layers(teacher, student)
@@ -133,6 +146,8 @@ def test_a_layer_that_gives_a_constant_counts_nothing():
     assert layers.names == ["conv1"]
     with layers.collected():
         teacher(images(8))
+        with torch.no_grad():
+            student.get_submodule("conv1").bias += 1
         student(images(8) * 2)
         distance = layers.distance()
     assert distance == 0

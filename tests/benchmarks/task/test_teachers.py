@@ -190,6 +190,9 @@ def module(tmp_path, monkeypatch):
         "                         nn.BatchNorm1d(num_classes))\n"
         "def fixed(): return net(5)\n"
         "def forwards(**kwargs): return net(**kwargs)\n"
+        "class Silent(nn.Sequential):\n"
+        "    def train(self, mode=True): super().train(mode)\n"
+        "def silent(): return Silent(net(5))\n"
         "def stateless(): return nn.BatchNorm1d(3, track_running_stats=False)\n"
         "def plain(): return nn.Linear(1, 1)\n"
         "def text(): return 'net'\n"
@@ -204,7 +207,9 @@ def module(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("module")
-@pytest.mark.parametrize(("name", "classes"), [("net", 7), ("fixed", 5), ("forwards", 7)])
+@pytest.mark.parametrize(
+    ("name", "classes"), [("net", 7), ("fixed", 5), ("forwards", 7), ("silent", 5)]
+)
 def test_build_a_users_model(name, classes):
     before = list(sys.path)
     model = build(f"user_model:{name}", num_classes=7)
