@@ -120,6 +120,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if args.bits or len(given) == 1:
             raise UsageError("give --bits, or --weight-bits and --act-bits together, not both")
         args.widths = [(args.weight_bits, args.act_bits)]
+    if wrong := [b for width in args.widths for b in width if not 2 <= b <= 8]:
+        raise UsageError(f"--bits, --weight-bits and --act-bits are from 2 to 8, got {wrong[0]}")
     if args.model == "digits" and args.steps is None and args.recipe == "quick":
         args.steps = DIGITS_STEPS
     return args
