@@ -11,6 +11,7 @@ import torch
 from agm import AGM
 from baselines import METHODS, RECIPES
 from baselines.quantization.policy import PLACEMENTS
+from baselines.quantization.quantizers import check_bits
 from benchmarks import report
 from benchmarks.errors import UsageError
 from benchmarks.report import Cell
@@ -120,8 +121,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if args.bits or len(given) == 1:
             raise UsageError("give --bits, or --weight-bits and --act-bits together, not both")
         args.widths = [(args.weight_bits, args.act_bits)]
-    if wrong := [b for width in args.widths for b in width if not 2 <= b <= 8]:
-        raise UsageError(f"--bits, --weight-bits and --act-bits are from 2 to 8, got {wrong[0]}")
+    options = ("--weight-bits", "--act-bits") if given else ("--bits", "--bits")
+    for width in args.widths:
+        for option, bits in zip(options, width, strict=True):
+            check_bits(option, bits)
     if args.model == "digits" and args.steps is None and args.recipe == "quick":
         args.steps = DIGITS_STEPS
     return args

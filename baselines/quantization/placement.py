@@ -12,13 +12,15 @@ from baselines.quantization.quantizers import ActivationQuantizer
 
 # Values pass through these as they are, so a quantized tensor stays one.
 _TRANSPARENT = (
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
     nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle,
 )  # fmt: skip
 _TRANSPARENT_FUNCTIONS = (
     torch.flatten, operator.getitem, torch.reshape, torch.squeeze, torch.unsqueeze, torch.chunk,
     torch.split, torch.transpose, torch.permute, F.max_pool1d, F.max_pool2d, F.max_pool3d,
-    F.adaptive_max_pool2d, F.pixel_shuffle, F.channel_shuffle, torch.narrow,
+    F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
+    F.pixel_shuffle, F.channel_shuffle, torch.narrow,
 )  # fmt: skip
 _TRANSPARENT_METHODS = (
     "flatten", "view", "reshape", "contiguous", "squeeze", "unsqueeze", "chunk", "split",

@@ -645,7 +645,12 @@ def test_averages_of_any_dimension_have_eight_bits(pool, bits):
 @pytest.mark.parametrize("upsample", [nn.Upsample(scale_factor=2), nn.UpsamplingNearest2d(16)])
 def test_copies_of_pixels_are_no_new_tensor(upsample):
     student = build(Between(nn.Sequential(nn.ReLU(), upsample)))
-    assert all(m.nonnegative for m in quantizers(student)[1:2])
+    assert quantizers(student)[1].nonnegative
+
+
+@pytest.mark.parametrize("pool", [nn.AdaptiveMaxPool3d(1), lambda x: F.adaptive_max_pool3d(x, 1)])
+def test_the_largest_of_volumes_are_no_new_tensor(pool):
+    assert quantizers(build(Volumes(pool)))[1].nonnegative
 
 
 def test_an_image_that_a_batch_norm_reads_first_has_eight_bits():

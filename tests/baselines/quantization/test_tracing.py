@@ -655,7 +655,7 @@ def shuffled(net, x):
         lambda net, x: x + net.row.expand(x.size(0), -1, -1, -1),
         lambda net, x: (lambda both: both.sum(0) / both.shape[0])(torch.stack([x, x.square()])),
         lambda net, x: x * 2 if net.row.sum() < 1 else x,
-        lambda net, x: x.view(-1, x.shape[1:].numel()).view(len(net.square) and x.shape),
+        lambda net, x: x.view(-1, x.shape[1:].numel()).view(x.shape),
         lambda net, x: x.new_zeros(x.shape).reshape(x.shape[0], x.shape[1:][0], *x.shape[-2:]) + x,
     ],
     ids=[
