@@ -71,6 +71,12 @@ GRIDS = {
     "digits-w2a2-adadfq-equal-time": ("--bits 2 --baseline adadfq --steps 660", 80),
     "resnet20-w2a2-1200-gdfq-equal-time": (f"{CIFAR10} --bits 2 --steps 1440", 5),
     "cifar100-w2a2-gdfq-equal-time": (f"{CIFAR100} --bits 2 --steps 1440", 5),
+    "cifar100-w2a2-qimera-equal-time": (
+        f"{CIFAR100} --bits 2 --steps 1440 --baseline qimera", 5,
+    ),
+    "cifar100-w2a2-adadfq-equal-time": (
+        f"{CIFAR100} --bits 2 --steps 1440 --baseline adadfq", 5,
+    ),
     "resnet20-w2a2-gdfq-equal-time": (f"{CIFAR10} --bits 2 --steps 3960", 5),
     "resnet20-w2a2-1200-gdfq-parts": (f"{CIFAR10} --bits 2 --steps 1200 {PARTS}", 5),
     "digits-w2a2-parts": (f"--bits 2 --baseline all {PARTS}", 10),
