@@ -25,6 +25,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from numbers import Number
 from typing import Any, Protocol
 
@@ -108,7 +109,8 @@ class Trainer:
         seed: of the generator's initial weights and of all draws.
         device: where to train.
         precision: ``"fp32"`` or ``"bf16"`` (autocast), or ``"auto"``: bf16 where the device
-            computes in it and the network runs in it, else fp32.
+            is fast in it (a GPU with bf16, a CPU with AMX; of several ranks the first one's) and
+            the network runs in it, else fp32.
         ranks: the processes that share each batch; see :mod:`baselines.training.parallel`.
 
     Attributes:
@@ -142,7 +144,7 @@ class Trainer:
             )
         self.hooks, self.seed = check_hooks(hooks), seed
         self.device = resolve_device(device)
-        self.precision = resolve_precision(precision, self.device)
+        self.precision = ranks.first(partial(resolve_precision, precision, self.device))
         network = traced(teacher, image_shape)
         mean, std = input_range(network, input_mean, input_std)
         self.input_mean, self.input_std = mean, std
