@@ -12,6 +12,7 @@ from agm import AGM
 from baselines import METHODS, RECIPES
 from baselines.quantization.policy import PLACEMENTS
 from baselines.quantization.quantizers import check_bits
+from baselines.training.checks import resolve_device, resolve_precision
 from benchmarks import report
 from benchmarks.errors import UsageError
 from benchmarks.report import Cell
@@ -131,12 +132,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def parse_setting(argv: list[str]) -> argparse.Namespace:
-    """As :func:`parse`, for programs that have arms of their own, and one width at a time."""
+    """As :func:`parse`, for programs that have arms of their own, and one width at a time.
+
+    Their records take the precision from here, so it is no ``"auto"`` any more.
+    """
     args = parse(argv)
     if args.arms != ["none"]:
         raise UsageError("--with-agm and --with-real are compare.py's; --help has the arms of this")
     if len(args.widths) > 1:
         raise UsageError("one width is taken at a time, give --bits N")
+    args.precision = resolve_precision(args.precision, resolve_device(args.device))
     return args
 
 

@@ -105,6 +105,7 @@ def main(argv: list[str]) -> int:
                     trainer.student.eval()
             row = {
                 "name": own.name, "seed": seed, "curve": curve, "command": argv,
+                "precision": args.precision,
                 "accuracy_proof" if own.ceiling else "accuracy_tune": curve[-1][1],
                 **provenance(args.device),
             }  # fmt: skip

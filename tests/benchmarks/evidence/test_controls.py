@@ -82,6 +82,7 @@ def test_records_and_going_on(tmp_path, monkeypatch, capsys):
         (seed, arm) for seed in (0, 1) for arm in controls.ARMS
     ]
     assert len({row["accuracy_proof"] for row in rows}) > 2
+    assert {row["precision"] for row in rows} <= {"fp32", "bf16"}  # "auto" tells nothing elsewhere
     printed = capsys.readouterr().out
     lost = first.splitlines(keepends=True)[:-2]
     (tmp_path / "new" / "c.jsonl").write_text("".join(lost))

@@ -37,6 +37,7 @@ def test_records_of_two_seeds():
         assert steps == sorted(set(steps))
         assert steps[-1] == 8
         assert row["accuracy_tune"] == row["curve"][-1][1]
+        assert row["precision"] in ("fp32", "bf16")
         assert all(0 <= accuracy <= 100 for _, accuracy in row["curve"])
     assert rows("--first-seed", "3") == first
 
