@@ -7,7 +7,7 @@ Grids whose images are not given are left out. Each seed of a grid is one run of
 finished cells are added to benchmarks/evidence/results/proof/GRID.json, and what is there already
 is not trained again: to see it for oneself, take the file away. A stopped or killed queue
 goes on with the same command, and several may work side by side: each takes the next seed that
-nobody else works on.
+nobody else works on. On another machine a grid keeps the precision that it began with.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import benchmarks  # noqa: F401 - first, since it says what is missing
 # isort: split
 from agm import AgmError
 from baselines import METHODS
+from baselines.training.checks import resolve_device, resolve_precision
 from benchmarks import command_line, compare, report
 from benchmarks.errors import UsageError
 from benchmarks.evidence import graphed
@@ -145,11 +146,12 @@ def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
         report.write_json(path, known)
 
 
-def folder(arguments: str, seed: int) -> str:
+def folder(arguments: str, seed: int, precision: str) -> str:
     """Of a seed's runs: grids share a baseline's, other constants have other folders."""
     recipe = command_line.parse(shlex.split(arguments)).recipe
     made = str([command_line.constants(recipe, size) for size in (8, 32, 224)])
-    return f"{setting(arguments)}-{hashlib.sha256(made.encode()).hexdigest()[:8]}-seed{seed}"
+    constants = hashlib.sha256(made.encode()).hexdigest()[:8]
+    return f"{setting(arguments)}-{constants}-{precision}-seed{seed}"
 
 
 def missing(argv: list[str], its_setting: str) -> bool:
@@ -182,16 +184,19 @@ def is_present(cell: dict[str, Any], file: dict[str, Any]) -> bool:
     return all(settings["constants"][name] == now[name] for name in used)
 
 
-def made_by(grid: str) -> set[str]:
-    """The programs that made a grid's cells and those it is set against: pairs are of one."""
+def made_by(grid: str) -> list[dict[str, Any]]:
+    """The settings that made a grid's cells and those it is set against."""
     partner = grid.removesuffix("-equal-time").removesuffix("-parts")
     paths = [RESULTS / f"{name}.json" for name in {grid, partner}]
     files = [json.loads(path.read_text()) for path in paths if path.exists()]
-    return {
-        source["settings"].get("program", compare.PROGRAM)
-        for file in files
-        for source in file["sources"]
-    }
+    return [source["settings"] for file in files for source in file["sources"]]
+
+
+def precision_of(grid: str) -> str:
+    """That of a grid's cells and those it is set against; before the first one, the machine's."""
+    there = {made["precision"] for made in made_by(grid)}
+    device = command_line.parse([]).device
+    return there.pop() if len(there) == 1 else resolve_precision("auto", resolve_device(device))
 
 
 def main(argv: list[str]) -> int:
@@ -222,16 +227,17 @@ def main(argv: list[str]) -> int:
     ]
     nothing, program = True, graphed if args.graphed else compare
     for grid, seed in runs:
-        arguments = GRIDS[grid][0]
-        out = args.out / folder(arguments, seed)
-        run = [*shlex.split(arguments), "--seeds", "1"]
+        arguments, precision = GRIDS[grid][0], precision_of(grid)
+        out = args.out / folder(arguments, seed, precision)
+        run = [*shlex.split(arguments), "--precision", precision, "--seeds", "1"]
         run += ["--first-seed", str(seed), "--out", str(out)]
         run += judged_on[grid]
         if not missing(run, setting(arguments)):
             continue
         nothing = False
-        if made_by(grid) - {program.PROGRAM}:
-            print(f"{grid}: left as it is, since {', '.join(made_by(grid))} made its other cells")
+        programs = {made.get("program", compare.PROGRAM) for made in made_by(grid)}
+        if programs - {program.PROGRAM}:
+            print(f"{grid}: left as it is, since {', '.join(programs)} made its other cells")
             continue
         with contextlib.ExitStack() as held:
             try:

@@ -90,7 +90,7 @@ def test_what_is_there_stays_beside_what_a_later_commit_adds(queue, tmp_path):
 
 
 def test_what_another_queue_works_on_is_left_to_it(queue, tmp_path, capsys):
-    taken = proof.folder(GRIDS["a"][0], proof.FIRST_SEED)
+    taken = proof.folder(GRIDS["a"][0], proof.FIRST_SEED, proof.precision_of("a"))
     with locked(tmp_path / "runs" / ".queues" / taken):
         assert queue() == 0
     assert "another queue" in capsys.readouterr().out
@@ -161,7 +161,7 @@ def test_a_grid_is_all_of_one_program(queue, tmp_path, monkeypatch, capsys):
             program, "main", lambda argv, name=program.PROGRAM: runs.append(name) or 0
         )
     (tmp_path / "results").mkdir()
-    source = {"settings": {"program": graphed.PROGRAM}}
+    source = {"settings": {"program": graphed.PROGRAM, "precision": "fp32"}}
     begun = {"arguments": GRIDS["b"][0], "sources": [source], "cells": []}
     (tmp_path / "results" / "b.json").write_text(json.dumps(begun))
     assert queue() == 0
@@ -172,6 +172,18 @@ def test_a_grid_is_all_of_one_program(queue, tmp_path, monkeypatch, capsys):
     assert runs[2:] == []
     assert queue("--graphed") == 0
     assert runs[2:] == [graphed.PROGRAM] * 4
+
+
+def test_a_grid_is_all_of_one_precision(queue, tmp_path, monkeypatch):
+    """Also on a machine where "auto" is the other."""
+    monkeypatch.setitem(GRIDS, "a-equal-time", ("--bits 3 --steps 5 --batch-size 8", 1))
+    for usual, grid in (("bf16", "a"), ("fp32", "a-equal-time"), ("fp32", "b")):
+        monkeypatch.setattr(proof, "resolve_precision", lambda *_, usual=usual: usual)
+        assert queue("--grids", grid) == 0
+    monkeypatch.setitem(GRIDS, "a", (GRIDS["a"][0], 3))
+    assert queue("--grids", "a") == 0
+    found = {grid: [c["precision"] for c in cells(tmp_path, grid).values()] for grid in GRIDS}
+    assert found == {"a": ["bf16"] * 6, "a-equal-time": ["bf16"], "b": ["fp32"]}
 
 
 def test_a_mistake_ends_the_queue(queue, monkeypatch):
