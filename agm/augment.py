@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agm.errors import AgmValueError, check_argument, check_state
-from agm.functional import interpolate, regions
+from agm.functional import check_batch, check_weight, interpolate, regions
 
 
 class LinearInterpolation:
@@ -73,18 +73,18 @@ class LinearInterpolation:
         Raises:
             AgmValueError: an empty batch, images that are not floating, labels or weights of
                 another length or shape, a missing ``num_classes`` or (on the CPU) a label outside
-                of it.
+                of it. Nothing has been drawn.
         """
-        if not images.ndim or not images.shape[0]:
-            raise AgmValueError(f"need a batch (N, ...) with N >= 1, got {tuple(images.shape)}")
-        n = images.shape[0]
+        check_batch(images)
         targets = None if labels is None else _soft_labels(labels, images, num_classes)
+        if weight is not None:
+            if not isinstance(weight, Tensor) or not weight.ndim:
+                number = "a number or a tensor"
+                check_argument("weight", weight, number, lambda w: isinstance(float(w), float))
+                weight = images.new_full((len(images),), float(weight))
+            check_weight(weight, images)
         permutation = self._permutation(images)
-        if weight is None:
-            weight = self._weight(images)
-        elif not isinstance(weight, Tensor) or not weight.ndim:
-            weight = images.new_full((n,), float(weight))
-        weight = weight.to(images)
+        weight = (self._weight(images) if weight is None else weight).to(images)
         mixed = interpolate(images, permutation, weight)
         if targets is None:
             return mixed
@@ -134,8 +134,8 @@ def _soft_labels(labels: Tensor, images: Tensor, num_classes: int | None) -> Ten
         raise AgmValueError(f"integer labels must be ({n},), got {tuple(labels.shape)}")
     if num_classes is None:
         raise AgmValueError("integer labels need num_classes=, the number of classes")
-    if num_classes < 1:
-        raise AgmValueError(f"num_classes must be >= 1, got {num_classes}")
+    classes = "a whole number >= 1"
+    check_argument("num_classes", num_classes, classes, lambda c: operator.index(c) >= 1)
     try:
         return F.one_hot(labels.long(), num_classes).to(
             torch.promote_types(images.dtype, torch.float32)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -46,7 +47,8 @@ def frozen_parameters(module: nn.Module) -> Iterator[nn.Module]:
     that moment, so call ``backward`` inside too.
 
     Parametrized tensors are computed once, on entering, and are constants inside; so under
-    ``parametrize.cached()`` what is cached has its graph, for the forwards after this one.
+    ``parametrize.cached()`` what is cached has its graph, for the forwards after this one. For one
+    thread at a time.
     """
     before = [(p, p.requires_grad) for p in module.parameters()]
     parametrized = [
@@ -139,8 +141,9 @@ class AGM:
     learns from these images as they are. A turn is what lies between two changes from
     :meth:`student_batch` back to :meth:`generator_loss`: a step, however many micro-batches each
     of the two accumulates gradients over, or a micro-batch where the two are called in pairs, so
-    that a step has both. Where :meth:`student_batch` is never called, all turns are the loss's; a
-    trainer that first trains the generator and then the student needs ``alternate=False``.
+    that a step has both. Where :meth:`student_batch` is never called, all turns are the loss's,
+    and what it is given before the first :meth:`generator_loss` is interpolated; a trainer that
+    first trains the generator and then the student needs ``alternate=False``.
 
     Args:
         loss, interpolation: switch either part off (default: both on).
@@ -158,9 +161,11 @@ class AGM:
     Raises:
         AgmValueError: one of them is out of range, or no discrepancy has that name.
 
+    Graphs are gone through more than once, for which networks under torch.compile need, before
+    their first step, ``import torch._functorch.config as c; c.donated_buffer = False``.
+
     Under DistributedDataParallel each rank has an AGM of the same seed for its part of the batch,
-    with ``student=student.module`` (the generator's turn has no use for the wrapper), and the ranks
-    average what they measured, once a step::
+    and the ranks average what they measured, once a step::
 
         state = agm.state_dict()
         for average in state["running"].values():
@@ -198,7 +203,7 @@ class AGM:
         self.evaluations = 0
         self.turn = 0  # the first one, which is the loss's, is 1
         self.student_asked = False  # in this turn
-        # 0-dim tensors on the logits' device once seen, so that no step waits for the device.
+        # 0-dim tensors on the device of the logits seen last, so that no step waits for it.
         self.running: dict[str, Tensor] = {}
 
     def generator_loss(
@@ -220,22 +225,26 @@ class AGM:
         Args:
             images: (N, ...), with the generator's graph behind them.
             teacher_logits: (N, C), the teacher on these images, with their graph.
-            student: images -> logits, in eval mode (in train mode its BatchNorm statistics move).
-                Its own parameters receive no gradient if it is a module; wrap another callable
-                in :func:`frozen_parameters` yourself, and a module that checkpoints its
-                activations together with ``backward``.
+            student: images -> logits, in eval mode (in train mode its BatchNorm statistics move),
+                its weights as they are until ``backward`` has run. They receive no gradient if it
+                is a module; wrap another callable in :func:`frozen_parameters` yourself, and a
+                module that checkpoints its activations together with ``backward``. Of
+                DistributedDataParallel the module inside is asked: its wrapper would wait for
+                gradients of its parameters.
             other_terms: the generator's loss without this term, a scalar depending on ``images``.
 
         Returns:
             A scalar, float32 for half-precision logits and else of their dtype, for first
-            derivatives; 0, without a call of the student, in the interpolation's turn.
+            derivatives; 0, without a graph or a call of the student, in the interpolation's turn.
 
         Raises:
-            AgmValueError: logits of different or wrong shapes; in the loss's turn images, logits
-                or other terms whose graph does not lead to ``images``, or where no gradient can be
-                taken there, and a student whose activations ``backward`` would compute again
-                unfrozen. No state has changed.
+            AgmValueError: logits of different or wrong shapes; in the loss's turn images or logits
+                without a graph; where the weight is measured logits or other terms whose graph
+                does not lead to ``images``, or where no gradient can be taken there, and a student
+                whose activations ``backward`` would compute again unfrozen. No state has changed.
         """
+        if isinstance(student, DistributedDataParallel):
+            student = student.module
         learning = torch.is_grad_enabled()
         turn = self.turn + int(self.student_asked or not self.turn)
         evaluations = self.evaluations
@@ -277,7 +286,8 @@ class AGM:
                 loss = term * weight.where(weight.isfinite(), 1.0)
             evaluations += 1
         if learning:
-            self.running, self.num_classes = running, teacher_logits.shape[1]
+            self.running = {name: value.to(loss.device) for name, value in running.items()}
+            self.num_classes = teacher_logits.shape[1]
             self.evaluations, self.turn, self.student_asked = evaluations, turn, False
         return loss
 
@@ -299,13 +309,14 @@ class AGM:
         """
         batch = images if labels is None else (images, labels)
         if self.interpolation and not (self.alternate and self.turn % 2):
-            if labels is None:
-                batch = self.mix(images)
-            elif self.num_classes is None and not labels.is_floating_point():
+            integers = isinstance(labels, Tensor) and not labels.is_floating_point()
+            if integers and self.num_classes is None:
                 raise AgmValueError(
                     "the number of classes is not known before the first generator_loss; "
                     "until then give labels as (N, C) probabilities"
                 )
+            if labels is None:
+                batch = self.mix(images)
             else:
                 batch = self.mix(images, labels, num_classes=self.num_classes)
         self.student_asked = True
@@ -318,6 +329,7 @@ class AGM:
             "turn": self.turn,
             "student_asked": self.student_asked,
             "num_classes": self.num_classes,
+            "discrepancy": self._measure,
             "running": {name: value.clone() for name, value in self.running.items()},
             "interpolation": self.mix.state_dict(),
         }
@@ -326,10 +338,16 @@ class AGM:
         """Go on exactly where :meth:`state_dict` was taken, on whatever device its tensors are.
 
         Raises:
-            AgmValueError: ``state`` lacks something; nothing has changed.
+            AgmValueError: ``state`` lacks something, or is of another discrepancy; nothing has
+                changed.
         """
         counts = ("evaluations", "turn", "student_asked", "num_classes")
-        check_state(self, state, *counts, "running", "interpolation")
+        check_state(self, state, *counts, "discrepancy", "running", "interpolation")
+        if state["discrepancy"] != self._measure:
+            raise AgmValueError(
+                f"the state's averages are of the discrepancy {state['discrepancy']}, whose units "
+                f"are not those of {self._measure}; make the AGM with the former"
+            )
         with torch.inference_mode(False):  # whose tensors no graph could save
             running = {name: value.clone() for name, value in state["running"].items()}
         self.mix.load_state_dict(state["interpolation"])
@@ -345,12 +363,15 @@ class AGM:
             moved = torch.add(old, change, alpha=1 - self.decay)
             running[name] = torch.where(old.isfinite(), moved, value)
 
+    @property
+    def _measure(self) -> str:
+        """The discrepancy's name; not the repr of a callable object, which tells its address."""
+        return getattr(self.discrepancy, "__name__", type(self.discrepancy).__name__)
+
     def __repr__(self) -> str:
-        # Not the repr of a callable object, which tells its address.
-        name = getattr(self.discrepancy, "__name__", type(self.discrepancy).__name__)
         return (
             f"{type(self).__name__}(loss={self.loss}, interpolation={self.interpolation}, "
-            f"discrepancy={name}, ratio={self.ratio}, decay={self.decay}, "
+            f"discrepancy={self._measure}, ratio={self.ratio}, decay={self.decay}, "
             f"interval={self.interval}, alternate={self.alternate}, regions={self.mix.regions})"
         )
 
@@ -362,10 +383,11 @@ class AGM:
             raise
         except RuntimeError as error:
             raise AgmValueError(
-                "no gradient at the images could be taken: other_terms must be a scalar whose "
-                "graph is still there; a student that checkpoints its activations needs "
+                f"no gradient at the images could be taken: {error} (other_terms must be a scalar "
+                "whose graph is still there; networks under torch.compile need donated_buffer off "
+                "before their first step; a student that checkpoints its activations needs "
                 "use_reentrant=False, and frozen_parameters(student) around generator_loss and "
-                f"backward ({error})"
+                "backward)"
             ) from error
         return self.ratio * theirs / ours
 
@@ -392,30 +414,26 @@ def _check_graph(what: str, value: Tensor, images: Tensor, *, whole: bool = True
 
 def _leads(value: Tensor, images: Tensor) -> bool:
     """Whether the graph of ``value`` leads to ``images``, not to what was made together with it."""
-    start, goal = get_gradient_edge(value), get_gradient_edge(images)
-    edge = goal.node, goal.output_nr
-    nodes = (node for node in _graph(value, goal.node) if node is not goal.node)
-    return (start.node, start.output_nr) == edge or any(edge in n.next_functions for n in nodes)
+    start, goal = get_gradient_edge(value)[:2], get_gradient_edge(images)[:2]
+    return start == goal or any(goal in n.next_functions for n in _graph(value, goal[0]))
 
 
 def _graph(value: Tensor, goal: Node) -> Iterator[Node]:
-    """The nodes of the graph behind ``value``, as far back as ``goal``."""
-    seen, found = set(), [get_gradient_edge(value).node]
+    """The nodes of the graph behind ``value``, as far back as ``goal``, which is not among them."""
+    seen, found = {goal}, [get_gradient_edge(value).node]
     while found:
         node = found.pop()
         if node not in seen:
             yield node
             seen.add(node)
-            if node is not goal:
-                found += [n for n, _ in node.next_functions if n is not None]
+            found += [n for n, _ in node.next_functions if n is not None]
 
 
 def _check_recomputation(student: nn.Module, logits: Tensor, images: Tensor) -> None:
     """Raise :class:`AgmValueError` if ``backward`` would run parts of the student unfrozen."""
-    goal = get_gradient_edge(images).node  # which may be the generator's own checkpoint
-    nodes = (node for node in _graph(logits, goal) if node is not goal)
+    behind = _graph(logits, get_gradient_edge(images).node)  # not the generator's own checkpoint
     name = f"{CheckpointFunction.__name__}Backward"
-    if any(p.requires_grad for p in student.parameters()) and name in (n.name() for n in nodes):
+    if any(p.requires_grad for p in student.parameters()) and name in (n.name() for n in behind):
         raise AgmValueError(
             "the student checkpoints its activations with use_reentrant=True, and when backward "
             "runs them again its parameters would receive gradients of the generator's loss: call "

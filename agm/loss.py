@@ -98,9 +98,7 @@ class GaussianMarginLoss(nn.Module):
                     d.shape, dtype=d.dtype, device=generator.device, generator=generator
                 )
             loss = sampled_margin(d, self.mean, self.std, noise)
-        if self.reduction != "none":
-            loss = loss.mean() if self.reduction == "mean" else loss.sum()
-        return loss
+        return loss if self.reduction == "none" else getattr(loss, self.reduction)()
 
     def extra_repr(self) -> str:
         name = getattr(self.discrepancy, "__name__", repr(self.discrepancy))

@@ -85,16 +85,18 @@ class DiversityProbe:
         return dict(zip(row, torch.stack(list(row.values())).tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """The images and features of the last call."""
-        return {"images": self.images, "features": self.features}
+        """The latents, and the images and features of the last call."""
+        return {"latents": self.latents, "images": self.images, "features": self.features}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where :meth:`state_dict` was taken.
+        """Go on exactly where :meth:`state_dict` was taken, on the device of this probe's latents.
 
         Raises:
             AgmValueError: ``state`` lacks something; nothing has changed.
         """
-        check_state(self, state, "images", "features")
+        check_state(self, state, "latents", "images", "features")
+        device = next((x.device for x in self.latents if isinstance(x, Tensor)), None)
+        self.latents = tuple(x.to(device) if isinstance(x, Tensor) else x for x in state["latents"])
         self.images, self.features = state["images"], state["features"]
 
     def _observe(self) -> tuple[Tensor, Tensor]:
@@ -108,7 +110,7 @@ class DiversityProbe:
         with torch.random.fork_rng(devices=list(devices)), ExitStack() as stack:
             for linear in linears:
                 handle = linear.register_forward_pre_hook(
-                    lambda _module, inputs, named: seen.append(*inputs, *named.values()),
+                    lambda _module, inputs, named: seen.append([*inputs, *named.values()][0]),
                     with_kwargs=True,
                 )
                 stack.callback(handle.remove)
@@ -117,7 +119,7 @@ class DiversityProbe:
             images = _on_copied_buffers(self.generator, *self.latents)
             logits = _on_copied_buffers(self.teacher, images)
             features = seen.pop() if seen else logits
-            if len(features) != len(images):  # a last Linear at every place, not a sample's
+            if len(features) != len(images) or features.ndim > 2:  # at every place, not a sample's
                 features = logits
             # Clones: a generator may write to what it returned.
             return images.float().clone(), features.flatten(1).float().clone()
@@ -147,12 +149,13 @@ def _on_copied_buffers(network: Callable[..., Tensor], *inputs: Any) -> Tensor:
 def _movement(now: Tensor, before: Tensor) -> Tensor:
     """Mean over samples of the relative Euclidean distance."""
     before = before.to(now)
-    distance = (now - before).flatten(1).norm(dim=1)
-    return (distance / before.flatten(1).norm(dim=1).clamp(min=1e-12)).mean()
+    distance, length = (x.reshape(len(now), -1).norm(dim=1) for x in (now - before, before))
+    return (distance / length.clamp(min=1e-12)).mean()
 
 
 def _similarity(now: Tensor, before: Tensor) -> Tensor:
     """Mean cosine similarity over pairs of different samples, (N, D) x (N, D) -> ()."""
-    cosine = F.normalize(now, dim=1) @ F.normalize(before.to(now), dim=1).T
-    n = len(cosine)
-    return (cosine.sum() - cosine.diagonal().sum()) / (n * (n - 1))
+    now, before = F.normalize(now, dim=1), F.normalize(before.to(now), dim=1)
+    n = len(now)
+    of_all = (now.sum(0) * before.sum(0)).sum()  # over all pairs, a sample's with itself among them
+    return (of_all - (now * before).sum()) / (n * (n - 1))

@@ -232,16 +232,21 @@ X = torch.zeros(3, 2)
         ((X, torch.tensor([0, 5, 1]), 5), r"\[0, 5\)"),
         ((X, torch.tensor([0, -1, 1]), 5), r"\[0, 5\)"),
         ((X, torch.tensor([0, 2, 1]), -1), "-1"),
-        ((X, torch.tensor([0, 2, 1]), 0), "num_classes must be >= 1, got 0"),
+        ((X, torch.tensor([0, 2, 1]), 0), "num_classes must be a whole number >= 1, got 0"),
         ((X, None, None, torch.zeros(2)), r"weight.*\(3,\).*\(2,\)"),
         ((X, None, None, torch.zeros(3, 1)), r"weight.*\(3,\).*\(3, 1\)"),
+        ((X, None, None, [0.5, 0.5, 0.5]), r"weight must be a number or a tensor, got \[0.5"),
+        ((X.long(),), "int64"),
+        ((X, torch.zeros(3).long(), "5"), "num_classes must be a whole number .*'5'"),
     ],
 )
 def test_bad_argument_is_a_named_error(arguments, received):
     names = ("images", "labels", "num_classes", "weight")
+    mix = LinearInterpolation(seed=1)
     with pytest.raises(AgmError, match=received) as caught:
-        LinearInterpolation()(**dict(zip(names, arguments, strict=False)))
+        mix(**dict(zip(names, arguments, strict=False)))
     assert isinstance(caught.value, ValueError)
+    assert torch.equal(mix.state_dict()["rng"], rng(1).get_state())  # nothing was drawn
 
 
 def test_settings_and_options_go_by_name():

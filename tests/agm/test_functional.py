@@ -528,6 +528,11 @@ X, PERMUTATION, WEIGHT = torch.zeros(3, 2), torch.arange(3), torch.zeros(3)
         (lambda: interpolate(X.long(), PERMUTATION, WEIGHT), "int64"),
         (lambda: sampled_margin(WEIGHT, 0.5, 0.1, torch.zeros(4)), r"noise .*\(3,\).*\(4,\)"),
         (lambda: sampled_margin(WEIGHT, 0.5, 0.1, torch.tensor(1.0)), r"noise .*\(\)"),
+        (
+            lambda: sampled_margin(WEIGHT.long(), 0.5, 0.1, WEIGHT),
+            "floating point, got torch.int64",
+        ),
+        (lambda: expected_margin(WEIGHT.long(), 0.5, 0.1), "floating point, got torch.int64"),
         (lambda: functional.resolve_discrepancy("l3"), "'l3'.*logit_l1.*total_variation"),
         (lambda: functional.resolve_discrepancy(None), "None"),
     ],

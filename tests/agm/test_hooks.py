@@ -13,10 +13,12 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -565,6 +567,30 @@ def test_terms_that_were_made_together_with_the_images():
     AGM().generator_loss(**given, other_terms=total + images.mean()).backward()
 
 
+def test_a_state_of_another_discrepancy_is_a_named_error_and_changes_nothing():
+    hook, other = AGM(seed=1), AGM(discrepancy="logit_l1", seed=2)
+    with pytest.raises(AgmError, match=r"averages are of .*logit_l1.*total_variation"):
+        hook.load_state_dict(other.state_dict())
+    assert torch.equal(hook.state_dict()["interpolation"]["rng"], rng(1).get_state())
+
+
+@pytest.mark.parametrize("turns", [1, 2], ids=["the interpolation's turn", "the loss's turn"])
+def test_averages_come_to_the_logits_device(turns):
+    hook, (first, second) = AGM(), steps(0, 2)
+    for _ in range(turns):
+        hook.generator_loss(**first)
+        hook.student_batch(images=first["images"])
+    assert set(hook.running) == {"mean", "variance", "weight"}
+    resumed = AGM()
+    resumed.load_state_dict(hook.state_dict())
+    images = second["images"].detach().to("meta").requires_grad_()  # stands for another device
+    logits = images.flatten(1)[:, :3]
+    resumed.generator_loss(
+        images=images, teacher_logits=logits, student=lambda x: 2 * x.flatten(1)[:, :3]
+    )
+    assert {value.device.type for value in resumed.running.values()} == {"meta"}
+
+
 def test_a_state_with_broken_averages_is_an_error_and_changes_nothing():
     hook = AGM(seed=1)
     before = hook.state_dict()
@@ -861,9 +887,47 @@ def test_detached_images_are_a_named_error():
         )
 
 
+def test_a_graph_that_is_gone_through_once_is_a_named_error():
+    """As a network's, compiled by torch.compile, after a first backward without retain_graph."""
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("compiled with non-empty donated buffers")
+
+    hook, (step,) = AGM(), steps(0, 1)
+    student = step["student"]
+    with pytest.raises(AgmError, match=r"taken: compiled with .*donated_buffer off before"):
+        hook.generator_loss(**step | {"student": lambda x: Once.apply(student(x))})
+    assert not hook.state_dict()["running"]
+
+
+def test_a_distributed_student_is_asked_without_its_wrapper():
+    """Whose reducer would wait for gradients of the parameters, which are frozen."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        student = DistributedDataParallel(nn.Linear(6, 3).double(), static_graph=True)
+        student.register_forward_pre_hook(lambda *_: pytest.fail("the wrapper was asked"))
+        (step,) = steps(0, 1)
+        flat = step | {"images": step["images"].flatten(1)}
+        flat["teacher_logits"] = 2 * flat["images"][:, :3]
+        flat["other_terms"] = flat["images"].square().mean()
+        want = AGM().generator_loss(**flat | {"student": student.module})
+        got = AGM().generator_loss(**flat | {"student": student})
+        assert same_bits(got, want)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_integer_labels_before_any_logits_are_a_named_error():
     with pytest.raises(AgmError, match="number of classes"):
         AGM().student_batch(images=torch.zeros(2, 3), labels=torch.zeros(2).long())
+    with pytest.raises(AgmError, match="labels must be a tensor, got ndarray"):
+        AGM().student_batch(images=torch.zeros(2, 3), labels=np.zeros(2))
 
 
 @pytest.mark.parametrize(

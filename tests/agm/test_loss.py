@@ -256,6 +256,7 @@ def call(
         ({"dtype": torch.int64}, "int64"),
         ({"discrepancy": lambda t, s: (t - s).abs()}, r"\(4,\).*\(4, 3\)"),
         ({"discrepancy": lambda t, s: (t - s).abs().mean()}, r"\(4,\).*\(\)"),
+        ({"discrepancy": lambda t, s: float((t - s).mean())}, r"\(4,\).* 0\.\d"),
         ({"noise": torch.zeros(4)}, "expected.*neither"),
         ({"generator": rng(0)}, "expected.*neither"),
         ({"mode": "sampled"}, "sampled.*exactly one"),

@@ -116,14 +116,16 @@ def test_features_are_what_the_last_of_several_linear_layers_receives():
     assert rows[0]["batch_similarity"] == pytest.approx(by_hand(features, features)[1], abs=1e-5)
 
 
-def test_a_linear_layer_at_every_place_gives_no_features_of_a_sample():
+@pytest.mark.parametrize("places", ["as samples", "as a dimension"])
+def test_a_linear_layer_at_every_place_gives_no_features_of_a_sample(places):
     class Everywhere(nn.Module):
         def __init__(self):
             super().__init__()
             self.fc = nn.Linear(3, 5)
 
         def forward(self, x):
-            rows = x.flatten(2).transpose(1, 2).flatten(0, 1)
+            rows = x.flatten(2).transpose(1, 2)
+            rows = rows.flatten(0, 1) if places == "as samples" else rows
             return self.fc(rows).tanh().view(len(x), -1, 5).sum(1)
 
     teacher = Everywhere()
@@ -133,18 +135,53 @@ def test_a_linear_layer_at_every_place_gives_no_features_of_a_sample():
     assert rows[0]["batch_similarity"] == pytest.approx(by_hand(logits, logits)[1], abs=1e-5)
 
 
-def test_features_given_by_keyword_are_found():
-    class ByKeyword(nn.Module):
+@pytest.mark.parametrize("how", ["by keyword", "scaled"])
+def test_features_are_found_however_the_layer_is_called(how):
+    class Scaled(nn.Linear):
+        def forward(self, input, scale=1.0):
+            return super().forward(input) * scale
+
+    class Teacher(nn.Module):
         def __init__(self):
             super().__init__()
-            self.fc = nn.Linear(48, 5)
+            self.fc = Scaled(48, 5)
 
         def forward(self, x):
-            return self.fc(input=x.flatten(1))
+            x = x.flatten(1)
+            return self.fc(input=x) if how == "by keyword" else self.fc(x, 2.0)
 
-    images, rows = watched(0, 4, ByKeyword())
+    images, rows = watched(0, 4, Teacher())
     features = images[0].flatten(1)
     assert rows[0]["batch_similarity"] == pytest.approx(by_hand(features, features)[1], abs=1e-5)
+
+
+def test_images_of_one_number_each():
+    images = torch.tensor([[1.0, 2.0], [2.0, 4.0]])
+    coming = iter(images)
+
+    class Teacher(nn.Module):
+        def forward(self, x):
+            return torch.stack([x, -x], 1)
+
+    probe = DiversityProbe(lambda z: next(coming), latents(n=2), Teacher())
+    probe()
+    assert probe()["image_movement"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("n", [19, 73])
+def test_autocast_changes_no_similarity(n):
+    """Of features that are nearly alike, whose difference bfloat16 would not tell."""
+    features = 1 + 1e-3 * torch.randn(n, 12, generator=rng(n))
+
+    def similarities():
+        probe = DiversityProbe(lambda z: features, latents(n=n), nn.Identity())
+        return [row[k] for row in (probe(), probe()) for k in row if k.endswith("similarity")]
+
+    want = similarities()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = similarities()
+    assert repr(got) == repr(want)  # NaN too
+    assert want[0] == pytest.approx(by_hand(features, features)[1], abs=1e-6)
 
 
 @given(seeds, st.integers(2, 6))
@@ -354,7 +391,8 @@ def test_keeps_no_graph():
     generator = image_generator()
     probe = DiversityProbe(generator, latents(), classifier())
     probe()
-    assert not any(t.requires_grad for t in probe.state_dict().values())
+    state = probe.state_dict()
+    assert not any(t.requires_grad for t in (*state.pop("latents"), *state.values()))
     assert all(p.requires_grad for p in generator.parameters())
     assert torch.is_grad_enabled()
 
@@ -373,7 +411,7 @@ def test_state_dict_goes_on_exactly(seed, through_a_file):
         file.seek(0)
         state = torch.load(file, weights_only=True)
     moved = image_generator(2)
-    other = DiversityProbe(moved, z, teacher)
+    other = DiversityProbe(moved, latents(seed + 1), teacher)  # as in a process of its own
     other.load_state_dict(state)
     probe.generator = moved
     want, got = probe(), other()
@@ -389,7 +427,7 @@ def test_state_dict_before_the_first_call():
     assert math.isnan(probe()["image_movement"])
 
 
-@pytest.mark.parametrize("name", ["images", "features"])
+@pytest.mark.parametrize("name", ["latents", "images", "features"])
 def test_a_state_that_lacks_something_is_a_named_error(name):
     probe = DiversityProbe(image_generator(), latents(), classifier())
     state = probe.state_dict()
