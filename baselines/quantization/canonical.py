@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from baselines.quantization.graph import FUNCTIONS, TRANSPOSED, argument, attribute, bypass, called
+from baselines.quantization.graph import (
+    FUNCTIONS,
+    TRANSPOSED,
+    argument,
+    attribute,
+    bypass,
+    called,
+    free_name,
+)
 
 _DROPOUTS = (nn.modules.dropout._DropoutNd, nn.Identity)
 # torch.fx writes x += y as operator.iadd, which changes x itself.
@@ -24,6 +32,9 @@ def canonical(network: fx.GraphModule) -> None:
     _write_elsewhere(network)
     _in_any_layout(network)
     _bake(network)
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            _complete(module)
     _into_modules(network)
 
 
@@ -131,7 +142,8 @@ def _bake(network: fx.GraphModule) -> None:
         sources = [n for n in _ancestors(node) if n.op == "get_attr"]
         source = max(sources, key=lambda n: of_weights[n].numel()).target
         owner, _, leaf = source.rpartition(".")
-        module, name = network.get_submodule(owner), f"{leaf}_{node.name}"
+        module = network.get_submodule(owner)
+        name = free_name(module, f"{leaf}_{node.name}")
         value = value.detach().clone()
         is_weight = any(isinstance(attribute(network, n.target), nn.Parameter) for n in sources)
         if is_weight and value.is_floating_point():
@@ -184,7 +196,7 @@ def _into_modules(network: fx.GraphModule) -> None:
                 module = _norm_of(node, *values)
             else:
                 module = _weighted_of(node, *values)
-            made[key] = _settle(network, weights, module)
+            made[key] = _settle(network, node, weights, module)
         with network.graph.inserting_before(node):
             call = network.graph.call_module(made[key], (given,))
         call.meta["is_tensor"] = True
@@ -194,34 +206,24 @@ def _into_modules(network: fx.GraphModule) -> None:
             network.graph.erase_node(weight)
 
 
-def _settle(network: fx.GraphModule, weights: list[Any], module: nn.Module) -> str:
-    """Put ``module`` where its weights lie: in a layer's place if it has no others, or beside it.
+def _settle(network: fx.GraphModule, node: fx.Node, weights: list[Any], module: nn.Module) -> str:
+    """Put ``module`` where the weights of ``node`` lie: in the place of a layer that nothing else
+    asks for its weights, or beside it.
 
     Not inside: the layer may be called, too, and have a place in another module by itself.
     """
-    targets = {w.target for w in weights if w is not None}
-    owner = min(targets).rpartition(".")[0]
+    owner = min(w.target for w in weights if w is not None).rpartition(".")[0]
     layer = network.get_submodule(owner)
     elsewhere = any(
         str(n.target) == owner
-        or (n.op == "get_attr" and n.target.rpartition(".")[0] == owner and n.target not in targets)
+        or (n.op == "get_attr" and n.target.rpartition(".")[0] == owner and set(n.users) != {node})
         for n in network.graph.nodes
     )
     name = owner
     if not owner or elsewhere or any(True for _ in layer.children()):
-        name = f"{owner}_{type(module).__name__.lower()}".lstrip("_")
-        while _exists(network, name):
-            name += "_"
+        name = free_name(network, f"{owner}_{type(module).__name__.lower()}".lstrip("_"))
     network.add_submodule(name, module)
     return name
-
-
-def _exists(network: nn.Module, target: str) -> bool:
-    try:
-        attribute(network, target)
-    except AttributeError:
-        return False
-    return True
 
 
 def _weighted_of(node: fx.Node, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -261,6 +263,16 @@ def _norm_of(
         norm.bias = _parameter(torch.zeros_like(mean) if bias is None else bias)
     norm._check_input_dim = _any_dim
     return norm
+
+
+def _complete(norm: nn.Module) -> None:
+    """A BatchNorm that scales or shifts alone does both, by 1 or 0; ``affine`` says whether."""
+    weight, bias = norm.weight, norm.bias
+    norm.affine = weight is not None or bias is not None
+    if weight is None and bias is not None:
+        norm.register_parameter("weight", nn.Parameter(torch.ones_like(bias)))
+    if bias is None and weight is not None:
+        norm.register_parameter("bias", nn.Parameter(torch.zeros_like(weight)))
 
 
 def _any_dim(_input: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from baselines.defaults import torch_defaults
 from baselines.errors import UnsupportedLayerError
 from baselines.quantization.graph import CONVOLUTIONS, check_logits_shape
 
@@ -28,11 +29,12 @@ def own_copy(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modul
             f"expected a network, a torch.nn.Module, got {type(network).__name__}; build it and "
             "load its weights first"
         )
-    if isinstance(network, torch.jit.ScriptModule):
-        raise UnsupportedLayerError(
-            f"{type(network).__name__} is a TorchScript program; give the Python module that it "
-            "was made from, with its weights loaded"
-        )
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedLayerError(
+                f"{name or type(network).__name__!r} is a TorchScript program; give the Python "
+                "module that it was made from, with its weights loaded"
+            )
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if tensor.is_meta or nn.parameter.is_lazy(tensor):
             what = "has no values, it is on the meta device" if tensor.is_meta else "is lazy"
@@ -77,6 +79,13 @@ def without_hooks(network: nn.Module) -> nn.Module:
                 _bake_hook(module, hook)
         for hooks in ("forward", "forward_pre", "backward", "backward_pre"):
             getattr(module, f"_{hooks}_hooks").clear()
+        for hooks in (
+            "state_dict",
+            "state_dict_pre",
+            "load_state_dict_pre",
+            "load_state_dict_post",
+        ):
+            getattr(module, f"_{hooks}_hooks").clear()
         module._forward_hooks_with_kwargs.clear()
         module._forward_pre_hooks_with_kwargs.clear()
         module._forward_hooks_always_called.clear()
@@ -106,6 +115,7 @@ def _bake_hook(module: nn.Module, hook: Any) -> None:
     module.register_parameter(name, nn.Parameter(value))
 
 
+@torch_defaults()
 def image_channels(network: nn.Module, image_size: int) -> int | None:
     """3 if ``network`` takes such images, else those of the first convolution that it runs, or has.
 

@@ -21,14 +21,13 @@ from baselines.defaults import torch_defaults
 from baselines.errors import ExportError
 from baselines.quantization import checkpoint
 from baselines.quantization.graph import TRANSPOSED, called
-from baselines.quantization.integers import (
-    IntegerWeight,
+from baselines.quantization.integers import IntegerWeight, deployed, has_grid, is_grid
+from baselines.quantization.placement import (
     before_layers,
-    deployed,
-    has_grid,
-    is_grid,
+    maker,
+    weighted_layer,
+    weighted_nodes,
 )
-from baselines.quantization.placement import maker, weighted_layer, weighted_nodes
 from baselines.quantization.policy import aligned
 from baselines.quantization.quantizers import WeightQuantizer
 
@@ -44,12 +43,15 @@ class Exported:
         bytes: of the file.
         float_bytes: of the network's weights and biases in float32, without any graph.
         rows: (layer, bits of its weights, "integer" or "float", why it is not integer).
+        difference: of the file's logits to the student's, relative to the largest one: that of an
+            image is the largest over its classes, this the median over images.
     """
 
     path: Path
     bytes: int
     float_bytes: int
     rows: list[tuple[str, str, str, str]]
+    difference: float
 
     @property
     def integer_layers(self) -> int:
@@ -61,6 +63,7 @@ class Exported:
         lines.append(
             f"{self.path}: {self.bytes} bytes, {self.bytes / self.float_bytes:.2f} of float32's "
             f"{self.float_bytes}; {self.integer_layers} of {len(self.rows)} layers run in integers"
+            f"; logits differ from the student's by {self.difference:.1%} of the largest"
         )
         return "\n".join(lines)
 
@@ -90,17 +93,30 @@ def export_onnx(
     """
     path = Path(path)
     checkpoint.check_place(path)
+    own = {*dict(model.named_parameters()), *dict(model.named_buffers())}
+    if taken := {"images", "logits"} & own:
+        raise ExportError(
+            f"the network has a tensor of the name {', '.join(taken)}, as the file's input and "
+            "output are called; give it another name"
+        )
     network = deployed(model, images, arithmetic=arithmetic)
     proto = _proto(network)
     _pack(proto, network)
     _strip(proto)
     data = proto.SerializeToString()
-    _check(data, network, images)
+    if images is None:
+        shape = network.meta["image_shape"]
+        images = torch.randn(16, *shape, generator=torch.Generator().manual_seed(0))
+    images = images[:16].detach().cpu().float()
+    _check(data, network, images[:5])
     checkpoint.write(path, data)
     rows = _rows(model, network)
     layers = {weighted_layer(network, node) for node in weighted_nodes(network)}
     size = sum(m.weight.numel() + (0 if m.bias is None else m.bias.numel()) for m in layers)
-    return Exported(path, len(data), 4 * size, rows)
+    student = copy.deepcopy(model).cpu().float().eval()
+    with torch.no_grad():
+        difference = _difference(network(images), student(images))
+    return Exported(path, len(data), 4 * size, rows, difference)
 
 
 @torch_defaults()
@@ -149,20 +165,20 @@ def _proto(network: nn.Module, image_shape: tuple[int, int, int] | None = None) 
             logging.getLogger(name).setLevel(level)
 
 
-@torch.no_grad()
-def _check(data: bytes, network: fx.GraphModule, images: Tensor | None) -> None:
-    """Run the file once, unoptimised, against the integers in torch.
-
-    A rounding that falls otherwise may change an image's logits: it is their median that counts.
+def _difference(logits: Tensor, wanted: Tensor) -> float:
+    """Relative to the largest logit; a rounding that falls otherwise may change an image's logits,
+    so it is their median that counts.
     """
+    return float((logits - wanted).abs().amax(1).median() / wanted.abs().max())
+
+
+@torch.no_grad()
+def _check(data: bytes, network: fx.GraphModule, images: Tensor) -> None:
+    """Run the file once, unoptimised, against the integers in torch."""
     if find_spec("onnxruntime") is None:
         return
     import onnxruntime
 
-    if images is None:
-        shape = network.meta["image_shape"]
-        images = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
-    images = images[:5].cpu().float()
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level, options.intra_op_num_threads = 4, 1
@@ -174,13 +190,11 @@ def _check(data: bytes, network: fx.GraphModule, images: Tensor | None) -> None:
             f"ONNX Runtime does not take the file ({type(error).__name__}: "
             f"{str(error).splitlines()[0]})"
         ) from error
-    want = network(images)
-    error = (torch.from_numpy(given) - want).abs().amax(1).median()
-    if not error <= 1e-2 * want.abs().max():
+    error = _difference(torch.from_numpy(given), network(images))
+    if not error <= 1e-2:
         raise ExportError(
             "the file that torch.onnx.export makes computes something else: its logits differ by "
-            f"{float(error / want.abs().max()):.2g} of the largest; an option of one of its layers "
-            "is lost on the way"
+            f"{error:.2g} of the largest; an option of one of its layers is lost on the way"
         )
 
 

@@ -24,6 +24,16 @@ def attribute(root: nn.Module, target: str) -> Any:
     return operator.attrgetter(target)(root)
 
 
+def free_name(module: nn.Module, name: str) -> str:
+    """``name``, which may be dotted, or what is free of it with underscores behind."""
+    while True:
+        try:
+            attribute(module, name)
+        except AttributeError:
+            return name
+        name += "_"
+
+
 def called(network: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """The module that a node calls."""
     return network.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -68,6 +78,7 @@ def check_logits_shape(logits: Any, n: int) -> int:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != n:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UnsupportedLayerError(
-            f"the network must return logits (N, C), and for {n} images it returned {got}"
+            f"the network must return logits (N, C), and for {n} images it returned {got}; put "
+            "what has other outputs into a module whose forward returns the logits alone"
         )
     return logits.shape[1]

@@ -16,8 +16,16 @@ from torch import Tensor, fx, nn
 from baselines.defaults import torch_defaults
 from baselines.errors import ExportError
 from baselines.quantization.batch_norms import NormalisedConv
-from baselines.quantization.graph import TRANSPOSED, bypass, called, check_quantized, cleaned
+from baselines.quantization.graph import (
+    TRANSPOSED,
+    bypass,
+    called,
+    check_quantized,
+    cleaned,
+    free_name,
+)
 from baselines.quantization.placement import (
+    before_layers,
     is_average,
     is_quantizer,
     is_relu,
@@ -241,24 +249,12 @@ def _add_grids(network: fx.GraphModule, images: Tensor) -> None:
     ranges.run(images)
     for node, (low, high) in ranges.seen.items():
         scale, zero_point = scale_and_zero_point(low, high, 8, "asymmetric", signed=False)
-        name = f"{node.name}_grid"
+        name = free_name(network, f"{node.name}_grid")
         network.add_submodule(name, Grid(scale, int(zero_point), 0, 255, False))
         with network.graph.inserting_after(node):
             grid = network.graph.call_module(name, (node,))
         node.replace_all_uses_with(grid, delete_user_cb=lambda user, grid=grid: user is not grid)
     network.recompile()
-
-
-def before_layers(network: fx.GraphModule) -> set[fx.Node]:
-    """The nodes whose values reach a layer with weights."""
-    found: set[fx.Node] = set()
-    todo = [source for node in weighted_nodes(network) for source in node.all_input_nodes]
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo += node.all_input_nodes
-    return found
 
 
 class _Ranges(fx.Interpreter):
@@ -275,7 +271,7 @@ class _Ranges(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n in self.places:
+        if n in self.places and value.is_floating_point():  # no mask, no index
             if not bool(value.isfinite().all()):
                 raise ExportError(f"{n.name!r} gives values that are not finite for the images")
             self.seen[n] = value.aminmax()

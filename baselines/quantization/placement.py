@@ -50,6 +50,24 @@ def weighted_nodes(student: fx.GraphModule) -> list[fx.Node]:
     return [node for node in student.graph.nodes if weighted_layer(student, node) is not None]
 
 
+def before_layers(network: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose values reach a layer with weights."""
+    found: set[fx.Node] = set()
+    todo = [source for node in weighted_nodes(network) for source in node.all_input_nodes]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.all_input_nodes
+    return found
+
+
+def last_layers(student: fx.GraphModule) -> list[fx.Node]:
+    """The calls of Conv and Linear that no other one stands behind."""
+    before = before_layers(student)
+    return [node for node in weighted_nodes(student) if node not in before]
+
+
 def is_relu(student: fx.GraphModule, node: fx.Node) -> bool:
     """A call of ReLU or ReLU6."""
     return (

@@ -34,7 +34,7 @@ class QuantizationConfig:
         range_estimator: of the activations, ``"max"`` (default), ``"percentile"`` or ``"mse"``.
         learned_steps: train the activations' step sizes with the weights, from the observed ones on
             (needs the clipped gradient; default False).
-        edge_bits: bits of the first and last layer's weights and of the last layer's input, and
+        edge_bits: bits of the first and last layers' weights and of the last layers' input, and
             with ``"inputs"`` of the image and of averages. None (default): the weights as the
             others', with ``"inputs"`` 8 bits for these activations, with ``"relu"`` as the others'.
         fold_batch_norm: fold each BatchNorm into the convolution before it (default False).

@@ -3,7 +3,7 @@
 import copy
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from baselines.errors import UnsupportedLayerError
@@ -17,10 +17,12 @@ from baselines.quantization.graph import (
     bypass,
     called,
     cleaned,
+    free_name,
 )
 from baselines.quantization.placement import (
     is_average,
     is_relu,
+    last_layers,
     maker,
     makers_before,
     of_images_alone,
@@ -29,7 +31,7 @@ from baselines.quantization.placement import (
 from baselines.quantization.policy import QuantizationConfig
 from baselines.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 
-EDGE_BITS = 8  # of the image, averages and the last layer's input
+EDGE_BITS = 8  # of the image, averages and the last layers' input
 
 
 def build_student(network: fx.GraphModule, config: QuantizationConfig) -> fx.GraphModule:
@@ -79,14 +81,20 @@ def _refuse_unsupported(student: fx.GraphModule) -> None:
                 f"{node.name!r} multiplies matrices outside of a layer, as attention does, and "
                 "cannot be quantized; supported are networks of Conv, Linear and BatchNorm layers"
             )
+        if module is None:
+            continue
+        known = isinstance(module, (*WEIGHTED, *BATCH_NORMS, nn.PReLU))
+        own = [(key.rpartition(".")[2], value) for key, value in module.state_dict().items()]
         if (
-            module is not None
-            and not isinstance(module, (*WEIGHTED, *BATCH_NORMS, nn.PReLU))
-            and any(True for _ in module.parameters())
+            (not known and any(True for _ in module.parameters()))
+            or any(p.is_complex() for p in module.parameters())
+            # torch's own quantized layers pack their weights. A module may add what it likes.
+            or any(not isinstance(v, Tensor) and k != "_extra_state" for k, v in own)
         ):
             raise UnsupportedLayerError(
-                f"layer {name!r} ({type(module).__name__}) has weights that cannot be quantized; "
-                "supported are Conv (also transposed), Linear, BatchNorm and PReLU"
+                f"layer {name!r} ({type(module).__module__}.{type(module).__name__}) has weights "
+                "that cannot be quantized; supported are Conv (also transposed), Linear, BatchNorm "
+                "and PReLU of real numbers; of a parallel or compiled layer give the module inside"
             )
     if not weighted_nodes(student):
         raise UnsupportedLayerError("the network has no Conv or Linear layer to quantize")
@@ -94,8 +102,9 @@ def _refuse_unsupported(student: fx.GraphModule) -> None:
 
 def _quantize_weights(student: fx.GraphModule, config: QuantizationConfig) -> None:
     names = [str(node.target) for node in weighted_nodes(student)]
+    edges = {names[0], *(str(node.target) for node in last_layers(student))}
     for name in dict.fromkeys(names):
-        edge = config.edge_bits is not None and name in (names[0], names[-1])
+        edge = config.edge_bits is not None and name in edges
         bits: Any = config.edge_bits if edge else config.weight_bits
         module = student.get_submodule(name)
         groups = module.groups if isinstance(module, TRANSPOSED) else None
@@ -105,25 +114,25 @@ def _quantize_weights(student: fx.GraphModule, config: QuantizationConfig) -> No
 
 def _places_of_inputs(student: fx.GraphModule, config: QuantizationConfig) -> dict[fx.Node, int]:
     """Behind which nodes to quantize with how many bits: all that weighted layers read."""
-    images, weighted = of_images_alone(student), weighted_nodes(student)
+    images, last = of_images_alone(student), last_layers(student)
     edge = config.edge_bits or EDGE_BITS
     places = {}
-    for node in weighted:
+    for node in weighted_nodes(student):
         source = maker(student, node.all_input_nodes[0])
-        precise = source in images or is_average(student, source) or node is weighted[-1]
+        precise = source in images or is_average(student, source) or node in last
         places[source] = max(places.get(source, 0), edge if precise else config.act_bits)
     return places
 
 
 def _places_of_relus(student: fx.GraphModule, config: QuantizationConfig) -> dict[fx.Node, int]:
-    """Behind every ReLU; what enters the last layer may have other bits."""
+    """Behind every ReLU; what enters the last layers may have other bits."""
     relus = [node for node in student.graph.nodes if is_relu(student, node)]
     if not relus:
         raise UnsupportedLayerError(
             "the network has no ReLU or ReLU6, so activations='relu' quantizes none of its "
             "activations; choose activations='inputs'"
         )
-    last = makers_before(student, weighted_nodes(student)[-1])
+    last = set().union(*(makers_before(student, node) for node in last_layers(student)))
     edge = config.edge_bits or config.act_bits
     return {node: edge if node in last else config.act_bits for node in relus}
 
@@ -131,7 +140,7 @@ def _places_of_relus(student: fx.GraphModule, config: QuantizationConfig) -> dic
 def _quantize_activation(
     student: fx.GraphModule, config: QuantizationConfig, node: fx.Node, bits: int
 ) -> None:
-    name = f"{node.name}_quantizer"
+    name = free_name(student, f"{node.name}_quantizer")
     quantizer = ActivationQuantizer(
         bits,
         scheme=config.scheme,

@@ -7,6 +7,7 @@ network -> own copy, without hooks, reparametrized weights as plain ones (copyin
 """
 
 import itertools
+import keyword
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from baselines.errors import ConfigError, UnsupportedLayerError
 from baselines.quantization.canonical import canonical
 from baselines.quantization.copying import own_copy, without_hooks
 from baselines.quantization.graph import attribute, check_logits_shape, cleaned
+from baselines.quantization.quantizers import Quantizer
 
 _TRACING = threading.Lock()  # torch.fx patches nn.Module while it traces
 EXAMPLE = 5  # images; a size that is one of a layer, too, could be taken for the batch's
@@ -49,6 +51,10 @@ def traced(
         UnsupportedLayerError: if torch.fx cannot follow its forward, or a weight is not there yet.
     """
     network = without_hooks(own_copy(network, dtype))
+    if any(isinstance(module, Quantizer) for module in network.modules()):
+        raise UnsupportedLayerError(
+            f"{type(network).__name__} is quantized already; give the network that it was made from"
+        )
     example = torch.zeros(EXAMPLE, *image_shape, dtype=dtype)
     size = "x".join(map(str, image_shape))
     try:
@@ -82,6 +88,13 @@ def traced(
         raise UnsupportedLayerError(
             f"{type(network).__name__} has attributes that torch.fx.GraphModule needs for itself: "
             f"{', '.join(taken)}; give them other names"
+        )
+    parts = {part for name, _ in network.named_modules() for part in name.split(".")}
+    parts |= {name.rpartition(".")[2] for name in network.state_dict()}
+    if taken := sorted(filter(keyword.iskeyword, parts)):
+        raise UnsupportedLayerError(
+            f"{type(network).__name__} has parts whose names are words of Python: "
+            f"{', '.join(taken)}; torch.fx cannot write them: give them other names"
         )
     result = fx.GraphModule(network, graph, type(network).__name__)
     canonical(result)

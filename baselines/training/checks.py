@@ -4,7 +4,7 @@ import platform
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agm import Hook
 from baselines.errors import ConfigError, UnsupportedLayerError
@@ -27,12 +27,26 @@ def check_hooks(hooks: Sequence[Hook]) -> list[Hook]:
     return hooks
 
 
-def number_of_classes(logits: Tensor) -> int:
-    """Of (N, C) logits, whose softmax all methods take.
+BRIGHT = 100.0  # times the images: what stays in [0, 1] then is no logit
+
+
+@torch.enable_grad()
+def number_of_classes(network: nn.Module, images: Tensor) -> int:
+    """Of a network's (N, C) logits, of which all methods take the softmax and its gradient.
 
     Raises:
-        UnsupportedLayerError: there is one class alone, or they are probabilities already.
+        UnsupportedLayerError: there is one class alone, they are probabilities already, or have no
+            gradient at the images.
     """
+    images = torch.cat([images, BRIGHT * images]).requires_grad_()
+    try:
+        logits = network(images)
+        torch.autograd.grad(logits.sum(), images)
+    except RuntimeError as error:
+        raise UnsupportedLayerError(
+            f"the network's logits have no gradient at the images ({error}), and the generator "
+            "would have nothing to learn from; leave out what rounds, compares or detaches"
+        ) from error
     classes = logits.shape[1]
     if classes == 1:
         raise UnsupportedLayerError(
@@ -41,8 +55,9 @@ def number_of_classes(logits: Tensor) -> int:
         )
     if ((logits >= 0) & (logits <= 1)).all() and logits.any():
         raise UnsupportedLayerError(
-            "the network gives probabilities: all its outputs lie between 0 and 1; give it without "
-            "its last softmax or sigmoid, since the methods take the softmax themselves"
+            "the network gives probabilities: all its outputs lie between 0 and 1, for bright "
+            "images too; give it without its last softmax or sigmoid, since the methods take the "
+            "softmax themselves"
         )
     return classes
 

@@ -159,11 +159,11 @@ class Trainer:
         self.student = student.requires_grad_(True).to(self.device)
         folded = channels_last(with_folded_norms(network))
         reference.check(folded, "teacher's")
+        self.num_classes = number_of_classes(folded, reference.images)
         self.teacher = folded.requires_grad_(False).to(self.device)
         self.precision = self._tried(precision, reference.images)
         self.layers = normalising_layers(self.teacher, relative=recipe.relative_bns)
         self.compared = Layers(self.teacher, self.student)
-        self.num_classes = number_of_classes(reference.logits)
         check_batch(recipe.batch_size, image_shape)
         # Seeds the CPU's generator alone: torch.manual_seed would reach every GPU's.
         with GLOBAL_RNG, torch.random.fork_rng(devices=[]):

@@ -823,6 +823,54 @@ def test_probabilities_are_refused_and_their_logarithm_is_not(last):
     assert run(nn.Sequential(Tiny(), nn.LogSoftmax(1))).history
 
 
+def test_small_logits_are_no_probabilities():
+    net = Tiny(classes=5)
+    with torch.no_grad():
+        net.fc.weight.mul_(0.01)
+        net.fc.bias.fill_(0.5)
+        assert ((net(images()) > 0) & (net(images()) < 1)).all()
+    assert run(net).history
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda: nn.Sequential(Tiny(), Then(lambda y: y.detach())),
+        lambda: nn.Sequential(Tiny(), Then(lambda y: (10 * y).long())),
+        lambda: nn.Sequential(Then(lambda x: (x > 0).float()), Tiny()),
+        lambda: nn.Sequential(Then(lambda x: x.data), Tiny()),
+        lambda: nn.Sequential(Then(lambda x: (8 * x) // 1), Tiny()),
+    ],
+    ids=["detached", "integers", "compared", "data", "rounded"],
+)
+def test_logits_without_a_gradient_at_the_images_are_refused(network):
+    with pytest.raises(UnsupportedLayerError, match="no gradient at the images"):
+        run(network())
+
+
+class Then(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def test_a_hook_of_the_state_is_not_carried_over(tmp_path):
+    net = Tiny()
+    net.fc.register_state_dict_post_hook(
+        lambda _m, state, prefix, _: state.__delitem__(f"{prefix}bias")
+    )
+    result = run(net)
+    result.save(tmp_path / "net.pt")
+    again = load_quantized(tmp_path / "net.pt", net)
+    assert torch.equal(again(images()), result.model(images()))
+    assert "fc.bias" not in net.state_dict()
+
+
 def test_a_network_that_does_not_run_in_bf16():
     class Mixed(Tiny):
         def __init__(self):

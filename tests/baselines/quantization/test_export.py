@@ -291,11 +291,47 @@ def test_an_option_that_is_lost_on_the_way_is_told_and_nothing_written(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_no_runtime_takes_is_told_and_nothing_written(tmp_path):
-    student = student_of(Pooled("logits"), images())  # as its output is called
+def test_a_file_that_no_runtime_takes_is_told_and_nothing_written(tmp_path, monkeypatch):
+    unknown = onnx.helper.make_node("Unheard", ["images"], ["of"])
+    monkeypatch.setattr(export, "_pack", lambda proto, _: proto.graph.node.append(unknown))
     with pytest.raises(ExportError, match="does not take the file"):
+        export_onnx(student_of(Tiny(), images()), tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tensor_of_the_files_own_names_is_told_and_nothing_written(tmp_path):
+    student = student_of(Pooled("logits"), images())
+    with pytest.raises(ExportError, match=r"tensor of the name logits.*another name"):
         export_onnx(student, tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
+
+
+class Layers(nn.Module):
+    """A layer of the name that a grid would have, masks and indices that are computed with."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.conv_grid = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv1, self.fc = nn.Conv2d(4, 4, 1), nn.Linear(4, 5)
+        fill(self, 0)
+
+    def forward(self, x):
+        x = nn.functional.relu(self.conv_grid(nn.functional.avg_pool2d(self.conv(x), 2)))
+        x = torch.where((x > 0.1) * (x < 2), x, 0.5)
+        x = x.gather(1, (x.argmax(1, keepdim=True) + 1).remainder(4).expand_as(x))
+        return self.fc(self.conv1(x).mean((2, 3)))
+
+
+def test_a_file_is_near_the_student_whatever_its_layers_are_called_and_says_how_near(tmp_path):
+    x = images(64)
+    student = student_of(Layers(), x, act_bits=8, weight_bits=8)
+    exported = export_onnx(student, tmp_path / "a.onnx", x)
+    with torch.no_grad():
+        want = student(x[:16])
+    far = (run(tmp_path / "a.onnx", x[:16]) - want).abs().amax(1) / want.abs().max()
+    assert exported.difference == pytest.approx(float(far.median()), rel=0.02)
+    assert 0 < exported.difference < 0.05
+    assert f"differ from the student's by {exported.difference:.1%} of" in str(exported)
 
 
 def test_bad_input(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from torch import nn
 from agm import AgmError
 from baselines.errors import UnsupportedLayerError
 from baselines.methods import gdfq
-from baselines.quantization.batch_norms import NormalisedConv
+from baselines.quantization.batch_norms import NormalisedConv, with_folded_norms
 from baselines.quantization.export import export_onnx
 from baselines.quantization.policy import QuantizationConfig, bit_policy
 from baselines.quantization.quantizers import (
@@ -424,15 +424,20 @@ def test_convolutions_take_their_batch_norm_only_where_it_is_exact(fold):
     assert torch.allclose(student(x), net(x), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("parts", [(), ("weight",), ("bias",), ("weight", "bias")])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("fold", [False, True])
-def test_batch_norms_with_and_without_bias_and_affine(affine, bias, fold):
-    net = nn.Sequential(nn.Conv2d(3, 5, 3, bias=bias), nn.BatchNorm2d(5, affine=affine), nn.ReLU())
-    net = fill(net + nn.Sequential(nn.Flatten(), nn.Linear(180, 2)), 0).double()
-    student = without_rounding(build(net, images().double(), fold_batch_norm=fold))
+def test_batch_norms_with_and_without_bias_and_affine(parts, bias, fold):
+    norm = nn.BatchNorm2d(5)
+    for part in {"weight", "bias"} - set(parts):
+        setattr(norm, part, None)
+    net = nn.Sequential(nn.Conv2d(3, 5, 3, bias=bias), norm, nn.ReLU())
+    net, x = fill(net + nn.Sequential(nn.Flatten(), nn.Linear(180, 2)), 0).double(), images()
+    student = without_rounding(build(net, x.double(), fold_batch_norm=fold))
     assert not any(n.target == "1" for n in student.graph.nodes)  # no BatchNorm call is left
-    assert torch.allclose(student(images().double()), net(images().double()), rtol=1e-10)
+    assert torch.allclose(student(x.double()), net(x.double()), rtol=1e-10)
+    teacher = with_folded_norms(traced(net, (3, 8, 8)))
+    assert torch.allclose(teacher(x), net.float()(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("fold", [False, True])
@@ -520,6 +525,32 @@ class Computed(nn.Module):
         return F.conv2d(x, self.make(x.mean((0, 2, 3))).view(4, 4, 1, 1))
 
 
+class Spectrum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1, dtype=torch.complex64)
+
+    def forward(self, x):
+        return self.conv(x.to(torch.complex64)).abs()
+
+
+class Packed(nn.Linear):
+    """As torch's own quantized layers: its weights are no parameters."""
+
+    __module__ = "torch.nn.somewhere"  # so that it is not followed inside
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.packed = self.weight.detach().clone()
+        del self.weight, self.bias
+
+    def forward(self, x):
+        return x @ self.packed
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[prefix + "_packed_params"] = (self.packed, None)
+
+
 REFUSED = [
     (Recurrent(False), ("'rnn'", "LSTM")),
     (Recurrent(True), ("'rnn'", "LSTM")),
@@ -534,6 +565,8 @@ REFUSED = [
     (Holding(Computed()), ("conv2d", "computed from the images")),
     (Holding(Branching()), ("Holding", "control flow")),
     (nn.Sequential(nn.Flatten(), nn.ReLU()), ("no Conv or Linear",)),
+    (Holding(Spectrum()), ("'extra.conv'", "real numbers")),
+    (Holding(Packed()), ("'extra'", "Packed", "cannot be quantized")),
 ]  # fmt: skip
 
 
@@ -657,6 +690,47 @@ def test_an_image_that_a_batch_norm_reads_first_has_eight_bits():
     net = nn.Sequential(nn.BatchNorm2d(3), Tiny())
     policy = bit_policy(build(fill(net, 0), act_bits=3))
     assert [b for b, _ in rows(policy, "activation").values()] == ["8", "3", "8"]
+
+
+def test_every_layer_that_no_other_stands_behind_is_a_last_one():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.inner = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+            self.fc, self.gate = nn.Linear(256, 5), nn.Linear(4, 5)
+            fill(self, 0)
+
+        def forward(self, x):
+            x = F.relu(self.inner(F.relu(self.conv(x))))
+            return self.fc(x.flatten(1)) * self.gate(F.relu(x.amax((2, 3)) - 0.1)).sigmoid()
+
+    policy = bit_policy(build(Heads(), act_bits=3, weight_bits=3))
+    read = {name: width for name, (width, _) in rows(policy, "activation").items()}
+    assert read == {"images": "8", "relu": "3", "relu_1": "8", "relu_2": "8"}
+    edges = bit_policy(build(Heads(), weight_bits=3, edge_bits=6))
+    weights = {name: width for name, (width, _) in rows(edges, "weight").items()}
+    assert weights == {
+        "conv.weight": "6",
+        "inner.weight": "3",
+        "fc.weight": "6",
+        "gate.weight": "6",
+    }
+
+
+def test_a_layer_of_a_quantizers_name_stays_that_layer():
+    class Named(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.relu_quantizer = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.fc(self.relu_quantizer(F.relu(self.conv0(x))).mean((2, 3)))
+
+    net = fill(Named(), 0)
+    student = build(net)
+    with torch.no_grad(), unquantized(student):
+        assert torch.allclose(student(images()), net(images()), atol=1e-5)
+    assert "relu_quantizer.weight" in rows(bit_policy(student), "weight")
 
 
 def test_signs_and_zero_points():

@@ -22,6 +22,7 @@ from baselines.quantization.quantizers import observing
 from baselines.quantization.reference import Reference
 from baselines.quantization.student import build_student
 from baselines.quantization.tracing import traced
+from tests.agm import elsewhere
 from tests.baselines import Head, Tiny, bits, fill, images
 
 SHAPE = (3, 8, 8)
@@ -343,7 +344,57 @@ class Loose(nn.Module):
         return F.conv2d(self.conv(x), self.weight, padding="same")
 
 
+class Tied(nn.Module):
+    """There and back by one weight, of a name that no layer has."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(3, 3, 3, 3))
+
+    def forward(self, x):
+        x = F.relu(F.conv2d(x, self.kernel, padding=1))
+        return F.conv_transpose2d(x, self.kernel, padding=1)
+
+
+class Lists(nn.Module):
+    """Weights in lists, and one bias for two of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(3, 3, 1, 1) for _ in range(2)])
+        self.shared = nn.ParameterDict({"offset": torch.randn(3)})
+
+    def forward(self, x):
+        for weight in self.weights:
+            x = F.relu(F.conv2d(x, weight, self.shared["offset"]))
+        return x
+
+
+class Product(nn.Module):
+    """What torch.fx calls the product is the name of the bias, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.gain = nn.Parameter(torch.randn(3, 3, 1, 1)), nn.Parameter(torch.ones(1))
+        self.weight_mul = nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight * self.gain, self.weight_mul)
+
+
+def norm_without(part):
+    norm = nn.BatchNorm2d(4)
+    setattr(norm, part, None)
+    return norm
+
+
 OWN_FORWARDS = {
+    "tied": (Head(Tied()), 1),
+    "lists": (Head(Lists()), 1),
+    "product": (Head(Product()), 1),
+    "scale alone": (Head(norm=norm_without("bias")), 1),
+    "shift alone": (Head(norm=norm_without("weight")), 1),
+    "neither": (Head(norm=setattr(n := norm_without("weight"), "bias", None) or n), 1),
     "standardised": (Head(conv=Standardised(3, 4, 3)), 1),
     "same padding": (Head(conv=SamePadded(3, 4, 3, stride=2)), 1),
     "norm and activation": (Head(norm=NormAct(4)), 1),
@@ -491,6 +542,20 @@ def test_a_name_that_torch_fx_needs_is_told(name):
         check(net)
 
 
+@pytest.mark.parametrize("name", ["in", "class"])
+def test_a_name_that_is_a_word_of_python_is_told(name):
+    net = nn.Sequential()
+    net.add_module(name, Head())
+    with pytest.raises(UnsupportedLayerError, match=f"words of Python: {name};.* other names"):
+        traced(net, SHAPE)
+
+
+def test_a_student_is_told_to_be_quantized_already():
+    student = build_student(traced(Tiny(), SHAPE), QuantizationConfig())
+    with pytest.raises(UnsupportedLayerError, match="quantized already"):
+        traced(student, SHAPE)
+
+
 # Memory formats: the copies run on images with channels last
 
 
@@ -582,6 +647,9 @@ def test_channels_of_the_images():
     assert image_channels(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), 8) is None
     # Three grey images are not one of three channels.
     assert image_channels(Head(lambda x: x.reshape(-1, 1, 8, 8), nn.Conv2d(1, 4, 3)), 8) == 1
+    made_grey = Head(lambda x: x.mean(1, keepdim=True), nn.Conv2d(1, 4, 3))
+    with elsewhere():
+        assert image_channels(made_grey, 8) == 3
 
 
 def test_logits_of_more_images_than_were_given_are_refused():
@@ -678,8 +746,10 @@ def test_what_a_forward_does(inside):
 
 @pytest.mark.parametrize("made", [torch.jit.script, lambda n: torch.jit.trace(n, images())])
 def test_torchscript_is_refused_by_name(made):
-    with pytest.raises(UnsupportedLayerError, match=r"TorchScript.*give the Python module"):
-        traced(made(Head()), SHAPE)
+    part = made(nn.Conv2d(3, 3, 3, padding=1))
+    for net, name in ((made(Head()), ""), (Head(part), "anything")):
+        with pytest.raises(UnsupportedLayerError, match=rf"{name}.*TorchScript.*the Python module"):
+            traced(net, SHAPE)
 
 
 class Squeezed(Head):
