@@ -282,7 +282,7 @@ def picture(rows: list[Row], path: Path) -> None:
     """Every paired difference with its interval, and the curves of the first row that has any.
 
     Rows of two pairs and fewer are left out of the first panel: an interval of two is some ten
-    times as wide as the others.
+    times as wide as the others. Those of three and four may run out of it.
     """
     import matplotlib
 
@@ -290,7 +290,7 @@ def picture(rows: list[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    labels = []
+    labels, ends = [], [-1.0, 1.0]
     for title, arms in rows:
         base = report.by_seed(arms["none"], "accuracy_proof")
         both = report.by_seed(arms.get("both", []), "accuracy_proof")
@@ -301,9 +301,11 @@ def picture(rows: list[Row], path: Path) -> None:
         axes[0].plot(difference["mean"], place, "o", color="C1")
         axes[0].plot([difference["low"], difference["high"]], [place, place], color="C1")
         labels.append(f"{title} (n={difference['n']})")
+        ends += [difference["low"], difference["high"]] if difference["n"] >= 5 else []
     axes[0].axvline(0, color="grey", lw=1)
     axes[0].set_yticks(range(len(labels)), labels, fontsize=8)
     axes[0].set_ylim(len(labels) - 0.5, -0.5)
+    axes[0].set_xlim(min(ends) - 0.5, max(ends) + 0.5)
     axes[0].set(
         xlabel="accuracy with AGM - without (points)\nmean and 95 % interval over paired seeds"
     )
