@@ -53,12 +53,16 @@ def main(
         if task.images is None:
             raise UsageError("--data is missing, the images to judge on")
         (weight_bits, act_bits), size = args.widths[0], task.inputs.image_size
-        setting = {"model": args.model, "weight_bits": weight_bits, "act_bits": act_bits}
+        setting = {"model": args.model, "num_classes": args.num_classes}
+        setting |= {"weight_bits": weight_bits, "act_bits": act_bits}
         setting |= command_line.training(args) | {
             "constants": command_line.constants(args.recipe, size)
         }
         lines = own.records.read_text().splitlines() if own.records.exists() else []
-        rows = [row for row in map(json.loads, lines) if setting.items() <= row.items()]
+        rows = [
+            row for row in map(json.loads, lines)
+            if all(row.get(name) == value for name, value in setting.items())
+        ]  # fmt: skip
         own.records.parent.mkdir(parents=True, exist_ok=True)
         seeds = range(args.first_seed, args.first_seed + args.seeds)
         for seed, method, arm in itertools.product(seeds, args.methods, own.arms):

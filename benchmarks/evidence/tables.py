@@ -233,7 +233,8 @@ def controls_table(records: Path, rows: list[Row]) -> str:
     now = [command_line.constants("quick", size) for size in (8, 32, 224)]
     for run in map(json.loads, records.read_text().splitlines()):
         if run["recipe"] == "quick" and run["constants"] in now:
-            name = f"{run['model']}-{run['steps']}"
+            parts = run["model"], run.get("num_classes"), run["steps"]  # as proof.py's setting
+            name = "-".join(str(part) for part in parts if part)
             groups.setdefault(_title(name, run), []).append(run)
             if name in PART_TIME:
                 usual[_title(name, run)] = _title(PART_TIME[name], run)

@@ -98,6 +98,9 @@ def test_records_and_going_on(tmp_path, monkeypatch, capsys):
     assert rows.startswith(first)  # of other settings: neither taken nor touched
     assert len(rows.splitlines()) == 4 * len(controls.ARMS)
     assert capsys.readouterr().out != printed
+    (tmp_path / "new" / "c.jsonl").write_text(first.replace('classes": null', 'classes": 100'))
+    assert controls.main([*SHORT, "--records", "new/c.jsonl"]) == 0
+    assert len((tmp_path / "new" / "c.jsonl").read_text().splitlines()) == 4 * len(controls.ARMS)
 
 
 @pytest.mark.parametrize("argv", [["--bits", "1"], [], ["--bits", "2", "--with-agm"]])

@@ -144,6 +144,9 @@ def test_controls_stand_beside_the_proofs_arms(folder):
     others = [
         run | {"accuracy_proof": 9.0, "constants": {}},  # of an earlier recipe
         run | {"seed": 1, "accuracy_proof": 82.25},
+        # Another task of that network.
+        run | {"num_classes": 100, "arm": "none", "accuracy_proof": 20.0},
+        run | {"num_classes": 100, "accuracy_proof": 20.5},
         # A setting of which the grids have nothing, with a baseline of its own.
         run | {"model": "digits", "steps": 600, "arm": "none", "accuracy_proof": 90.0},
         run | {"model": "digits", "steps": 600, "arm": "loss", "accuracy_proof": 91.5},
@@ -165,6 +168,7 @@ def test_controls_stand_beside_the_proofs_arms(folder):
     assert rows == [
         "| ResNet-20, 1,200 steps, W3A3 GDFQ "
         f"|  | +0.50 [-5.85, +6.85], n=2 | {ones} | +0.25 [+0.25, +0.25], n=2 |",
+        "| ResNet-20, CIFAR-100, 1,200 steps, W3A3 GDFQ |  |  |  | +0.50 n/a, n=1 |",
         "| digits W3A3 GDFQ | +1.50 n/a, n=1 |  |  |  |",
         "| ResNet-20, 1,200 steps, interpolation's time, W3A3 GDFQ "
         "|  | -0.75 [-16.63, +15.13], n=2 |  |  |",
