@@ -92,7 +92,8 @@ class Hook(Protocol):
     """What a trainer calls; each method may return its neutral value (0, or what it was given).
 
     Nobody writes into the tensors given, nor into the logits that ``student(images)``, any callable
-    images -> logits, gives.
+    images -> logits, gives, nor calls ``backward`` behind them: torch.autograd.grad takes gradients
+    and leaves the graph to the others.
     """
 
     def generator_loss(

@@ -12,8 +12,8 @@ Where to add what:
   ``quantize(..., hooks=[...])``, and called after the warm-up. ``generator_loss`` may return 0,
   and ``student_batch``, which is given labels here, the (images, labels) that it was given; about
   other images the teacher is asked again. Draw from a ``torch.Generator`` of its own and keep it in
-  ``state_dict``, so that a resumed run is the same bit for bit; see
-  ``benchmarks/task/real_images.py``;
+  ``state_dict``, so that a resumed run is the same bit for bit, and have a ``__repr__`` that names
+  its settings, by which a resumed run knows it; see ``benchmarks/task/real_images.py``;
 * a range estimator: a function (x, bit_width, scheme) -> (low, high) in ``RANGE_ESTIMATORS`` of
   :mod:`baselines.quantization.quantizers`; the recipes and the tests know it by its name;
 * a layer that no quantizer or exporter knows: it is refused by name; teach

@@ -1,5 +1,6 @@
 """A whole run: from a teacher to its quantized network, measured, checkpointed, resumable."""
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -114,7 +115,7 @@ def quantize(
     ``paper`` trains as the methods' papers say (80,000 steps) and quantizes what comes out of
     ReLUs, with the exceptions that the ``paper`` functions of the methods' files name. ``quick`` is
     ours, for two CPU cores: every tensor that a Conv or Linear reads is quantized, with 8 bits for
-    the image, averages and the last layer's input and ``act_bits`` for the rest; the activations'
+    the image, averages and the last layers' input and ``act_bits`` for the rest; the activations'
     steps are learned (Esser et al., ICLR 2020), every third layer of the student follows the
     teacher's, images of 32 pixels and more are shifted, and from 50 classes on the label enters the
     generator's BatchNorms (but Qimera's). Rates are in steps of quantization, statistics in units
@@ -144,10 +145,12 @@ def quantize(
         eval_every: steps between two calls of ``evaluate``, >= 1 (default: at every record).
         records: how often history is written, evenly over the run.
         checkpoint_path, checkpoint_every, resume: where and how often (every so many steps, >= 1)
-            to save the run, and whether to go on from there; the result is then bit-identical to
-            an unbroken run.
-        stop: asked after every step; True saves and raises :class:`Interrupted`.
-        on_step, on_policy: told the step and its losses, and the policy before training.
+            to save the run, and whether to go on from there, or from the start if there is none;
+            the result is then bit-identical to an unbroken run with hooks of the same settings, as
+            their reprs tell them.
+        stop: asked after every step; True saves and raises :class:`Interrupted`, but for the last.
+        on_step, on_policy: told the step, counted from 0, and its losses, and the policy before
+            training.
 
     Raises:
         BaselineError: see :mod:`baselines.errors`; always before the first step, or with the
@@ -218,7 +221,7 @@ def quantize(
         due = trainer.step_count % checkpoint_every == 0
         if checkpoint_path is not None and (stopping or due):
             ranks.first(partial(run.save, checkpoint_path, identity))
-        if stopping:
+        if stopping and trainer.step_count < plan.steps:
             raise Interrupted(f"stopped after step {trainer.step_count} of {plan.steps}")
     return Result(
         model=trainer.student.requires_grad_(False).eval(),
@@ -287,9 +290,9 @@ def _python(value: Any) -> Any:
 
 
 def _described(hook: Hook) -> str:
-    """What tells one hook from another: its own repr, or its class."""
+    """What tells one hook from another: its own repr, but for addresses in it, or its class."""
     own = type(hook).__repr__ is not object.__repr__
-    return repr(hook) if own else type(hook).__name__
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(hook)) if own else type(hook).__name__
 
 
 class _Run:
@@ -333,8 +336,12 @@ class _Run:
 
     def _judged(self, evaluate: Callable[[nn.Module], Any], known: Set[str]) -> dict[str, float]:
         """Its figures of the student, which stays as it was; ``known`` names are taken."""
-        figures = evaluate(self.trainer.student)
-        student = self.trainer.student.requires_grad_(True).eval().to(self.trainer.device)
+        student = self.trainer.student
+        before = [buffer.clone() for buffer in student.buffers()]
+        figures = evaluate(student)
+        student.requires_grad_(True).eval().to(self.trainer.device)
+        for buffer, value in zip(student.buffers(), before, strict=True):  # in train mode they move
+            buffer.copy_(value)
         if any(p.dtype != torch.float32 for p in student.parameters()):
             raise ConfigError(
                 "evaluate left the student in another dtype than float32; let it change a copy, "

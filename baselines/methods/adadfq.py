@@ -23,7 +23,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def normalised_entropy(logits: Tensor) -> Tensor:
-    """H' in [0, 1]: 0 for the batch's least entropy, 1 for log C, (N, C) -> (N,)."""
+    """H', (N, C) -> (N,): 0 for the batch's least entropy, 1 for log C, above by rounding alone."""
     h = entropy(logits)
     least = h.min()
     return (h - least) / (math.log(logits.shape[1]) - least).clamp(min=1e-6)

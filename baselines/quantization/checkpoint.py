@@ -11,6 +11,7 @@ import glob
 import hashlib
 import io
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import IO, Any
@@ -34,37 +35,67 @@ DIGEST_SIZE = hashlib.sha256().digest_size
 
 def save(path: str | Path, state: dict[str, Any], *, keep_previous: bool = False) -> None:
     """Write ``state`` to ``path``, as :func:`write` does."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    payload = buffer.getbuffer()
+    path, buffer = as_path(path), io.BytesIO()
     try:
+        torch.save(state, buffer)
+        payload = buffer.getbuffer()
         torch.load(io.BytesIO(payload), weights_only=True)
     except Exception as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))  # in a page of torch's advice
+        why = f"it holds a {found[1]}" if found else str(error).splitlines()[0]
         raise CheckpointError(
             f"{path} is not written, as nobody could read it back: a checkpoint takes tensors, "
-            "numbers, text, lists, tuples and dicts, also of a hook's state_dict "
-            f"({str(error).splitlines()[0]})"
+            f"numbers, text, lists, tuples and dicts, also of a hook's state_dict ({why})"
         ) from error
     digest = hashlib.sha256(payload).digest()
-    write(Path(path), MAGIC, digest, payload, keep_previous=keep_previous)
+    write(path, MAGIC, digest, payload, keep_previous=keep_previous)
+
+
+def as_path(path: Any) -> Path:
+    """``path`` as one, or :class:`CheckpointError`."""
+    try:
+        return Path(path)
+    except TypeError as error:
+        raise CheckpointError(f"expected the path of a file, got {path!r}") from error
 
 
 def check_own(path: str | Path) -> None:
-    """:func:`check_place`, and no other program's file lies there, which would be overwritten."""
+    """:func:`check_place`, and what a run would overwrite is a run's: no other program's file, and
+    no quantized network, neither there nor in the place of the checkpoint before.
+    """
     check_place(path)
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        start = file.read(len(MAGIC))
+    for place in (as_path(path), previous(as_path(path))):
+        try:
+            with open(place, "rb") as file:
+                start = file.read(len(MAGIC))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise CheckpointError(f"cannot read {place}: {error.strerror or error}") from error
         if start and not start.startswith(MAGIC):
-            raise CheckpointError(f"{str(path)!r} is no checkpoint of this program; choose another")
+            raise CheckpointError(
+                f"{str(place)!r} is no checkpoint of this program; choose another"
+            )
+        state = {}
+        with contextlib.suppress(CheckpointError):  # a damaged one may go
+            state = load(place)
+        if "model" in state:
+            raise CheckpointError(f"{str(place)!r} is a quantized network; choose another file")
 
 
 def check_place(path: str | Path) -> None:
     """Raise :class:`CheckpointError` unless a file of this name can lie there."""
-    path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(f"{str(path)!r} is a folder; give the name of a file in it")
-    if not path.parent.is_dir():
-        raise CheckpointError(f"{str(path)!r} is in no folder; make the folder first")
+    path = as_path(path)
+    try:
+        if path.is_dir():
+            raise CheckpointError(f"{str(path)!r} is a folder; give the name of a file in it")
+        if not path.parent.is_dir():
+            raise CheckpointError(f"{str(path)!r} is in no folder; make the folder first")
+        path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{str(path)!r} cannot be: {error.strerror or error}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise CheckpointError(f"{str(path)!r} is in a folder that may not be written to")
 
 
 def write(path: Path, *parts: bytes | memoryview, keep_previous: bool = False) -> None:
@@ -110,7 +141,7 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, damaged, or not one of these files.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -143,9 +174,10 @@ def load_newest(path: str | Path) -> dict[str, Any] | None:
     A damaged newest file is named in a warning and replaced by the one before, so that the next
     save keeps that one; a temporary file of a killed run is removed.
     """
-    path = Path(path)
+    path = as_path(path)
     for stale in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
-        stale.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            stale.unlink()
     candidates = [p for p in (path, previous(path)) if p.exists()]
     for i, candidate in enumerate(candidates):
         try:
@@ -156,7 +188,8 @@ def load_newest(path: str | Path) -> dict[str, Any] | None:
             warnings.warn(f"{error}; going on from {candidates[i + 1]}", stacklevel=2)
             continue
         if candidate != path:
-            os.replace(candidate, path)
+            with contextlib.suppress(OSError):
+                os.replace(candidate, path)
         return state
     return None
 
@@ -235,7 +268,7 @@ def load_quantized(path: str | Path, architecture: nn.Module) -> fx.GraphModule:
                 "shapes, and gives other logits; give the one that it was made from"
             )
     # As it was trained: another memory format would round differently.
-    return channels_last(model)
+    return channels_last(model).requires_grad_(True)
 
 
 def load_matching(model: nn.Module, state: dict[str, Any], source: str) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from baselines.defaults import torch_defaults
 from baselines.errors import ExportError
 from baselines.quantization import checkpoint
-from baselines.quantization.graph import TRANSPOSED, called
+from baselines.quantization.graph import TRANSPOSED, called, check_quantized
 from baselines.quantization.integers import IntegerWeight, deployed, has_grid, is_grid
 from baselines.quantization.placement import (
     before_layers,
@@ -91,7 +91,8 @@ def export_onnx(
             Runtime, where it is installed, does not take the file or computes something else.
         CheckpointError: the file cannot be written there; one that was there is intact.
     """
-    path = Path(path)
+    check_quantized(model, ExportError)
+    path = checkpoint.as_path(path)
     checkpoint.check_place(path)
     own = {*dict(model.named_parameters()), *dict(model.named_buffers())}
     if taken := {"images", "logits"} & own:

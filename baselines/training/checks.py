@@ -1,7 +1,9 @@
 """What a run is given, looked at before it begins."""
 
+import inspect
 import platform
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,16 @@ def check_hooks(hooks: Sequence[Hook]) -> list[Hook]:
                 f"hooks must be objects with {', '.join(needed)}, got {what}; "
                 "see agm.Hook, or write hooks=[AGM()]"
             )
+        given = ("images", "teacher_logits", "student", "other_terms")
+        for name, names in (("generator_loss", given), ("student_batch", ("images", "labels"))):
+            try:
+                inspect.signature(getattr(hook, name)).bind(**dict.fromkeys(names))
+            except TypeError as error:
+                raise ConfigError(
+                    f"{type(hook).__name__}.{name} must take {', '.join(names)} by name ({error})"
+                ) from error
+            except ValueError:  # a builtin has none
+                pass
     return hooks
 
 
@@ -60,6 +72,19 @@ def number_of_classes(network: nn.Module, images: Tensor) -> int:
             "softmax themselves"
         )
     return classes
+
+
+def check_terms(what: str, terms: Any) -> None:
+    """Raise :class:`ConfigError` unless these are scalar tensors by name, one at least."""
+    scalars = isinstance(terms, dict) and all(
+        isinstance(term, Tensor) and not term.ndim for term in terms.values()
+    )
+    if not scalars or not terms:
+        kinds = {k: type(v).__name__ for k, v in terms.items()} if isinstance(terms, dict) else ""
+        raise ConfigError(
+            f"{what} must return scalar tensors by name, at least one; got "
+            f"{kinds or type(terms).__name__}"
+        )
 
 
 def check_batch(batch_size: int, image_shape: tuple[int, int, int]) -> None:

@@ -52,7 +52,7 @@ def input_range(
     for name, value in (("input_mean", mean), ("input_std", std)):
         try:
             tensor = torch.as_tensor(value, dtype=torch.float32, device="cpu").flatten()
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):
             tensor = torch.full((1,), torch.nan)
         if len(tensor) not in (1, channels) or not tensor.isfinite().all():
             raise ConfigError(

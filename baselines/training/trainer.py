@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from numbers import Number
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -51,6 +51,7 @@ from baselines.training.bn_stats import batch_norm_statistics, normalising_layer
 from baselines.training.checks import (
     check_batch,
     check_hooks,
+    check_terms,
     number_of_classes,
     resolve_device,
     resolve_precision,
@@ -160,11 +161,14 @@ class Trainer:
         folded = channels_last(with_folded_norms(network))
         reference.check(folded, "teacher's")
         self.num_classes = number_of_classes(folded, reference.images)
+        self.image_shape = tuple(image_shape)
         self.teacher = folded.requires_grad_(False).to(self.device)
         self.precision = self._tried(precision, reference.images)
         self.layers = normalising_layers(self.teacher, relative=recipe.relative_bns)
         self.compared = Layers(self.teacher, self.student)
-        check_batch(recipe.batch_size, image_shape)
+        # Off CUDA each rank's generator normalises its own part.
+        parts = 1 if self.device.type == "cuda" else ranks.size
+        check_batch(recipe.batch_size // parts, image_shape)
         # Seeds the CPU's generator alone: torch.manual_seed would reach every GPU's.
         with GLOBAL_RNG, torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -230,6 +234,11 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * self._factor
         latents, labels = self.generator.sample(self.recipe.batch_size, self.rng)
+        if not isinstance(latents, tuple):
+            raise ConfigError(
+                "a generator's sample must return a tuple of its forward's inputs, and labels; got "
+                f"{_described(latents)} for the inputs"
+            )
         latents, labels = tuple(map(self.ranks.part, latents)), self.ranks.part(labels)
         compare = self._comparing and not self.warming_up
         with (
@@ -237,6 +246,10 @@ class Trainer:
             self.compared.collected() if compare else nullcontext(),
         ):
             generated = self._shifted(self._run(self.generator, *latents))
+            if (shape := tuple(generated.shape[1:])) != self.image_shape:
+                raise ConfigError(
+                    f"the generator must give images of {self.image_shape}, got {shape}"
+                )
             images = generated.detach().requires_grad_()
             student = Remembered(lambda x: self._run(self.student, x).float())
             teacher_logits, generator_terms = self._generator_terms(images, labels, student)
@@ -289,8 +302,9 @@ class Trainer:
             bns=statistics.loss(self.ranks),
             student=student,
         )
+        check_terms(f"{type(self.method).__name__}.generator_terms", terms)
         for i, hook in enumerate(() if self.warming_up else self.hooks):
-            name, version = type(hook).__name__, teacher_logits._version
+            name, versions = type(hook).__name__, (teacher_logits._version, images._version)
             term = hook.generator_loss(
                 images=images,
                 teacher_logits=teacher_logits,
@@ -298,16 +312,18 @@ class Trainer:
                 other_terms=total(terms),
             )
             self.ranks.average_state(hook)
-            if teacher_logits._version != version or student.overwritten:
+            if (teacher_logits._version, images._version) != versions or student.overwritten:
                 raise ConfigError(
-                    f"{name}.generator_loss wrote into the teacher's or the student's logits, from "
-                    "which the student learns; change a copy"
+                    f"{name}.generator_loss wrote into the images, or the teacher's or the "
+                    "student's logits, from which the student learns; change a copy"
                 )
-            if not isinstance(term, Number | Tensor) or getattr(term, "ndim", 0):
+            if not isinstance(term, Real | Tensor) or getattr(term, "ndim", 0):
                 raise ConfigError(
                     f"{name}.generator_loss must return a scalar, or 0; got {_described(term)}"
                 )
-            term = torch.as_tensor(term, device=self.device)  # a hook may return a plain 0
+            if not isinstance(term, Tensor):  # a hook may return a plain 0
+                term = torch.tensor(float(term))
+            term = term.to(self.device)
             terms[f"{name}{i}" if name in terms else name] = term
         return teacher_logits, terms
 
@@ -326,16 +342,20 @@ class Trainer:
                     f"(images, labels); got {_described(given)}"
                 )
             batch, labels = given
+            n, kind = len(batch) if batch.ndim else 0, (labels.dtype, tuple(labels.shape))
+            soft = labels.is_floating_point() and labels.shape == (n, self.num_classes)
             if (
-                batch.shape[1:] != generated.shape[1:]
-                or len(labels) != len(batch)
+                not n
+                or batch.shape[1:] != generated.shape[1:]
                 or batch.dtype not in (generated.dtype, torch.float32)
+                or not (soft or kind == (torch.int64, (n,)))
             ):
                 shape = ", ".join(map(str, generated.shape[1:]))
                 raise ConfigError(
                     f"{type(hook).__name__}.student_batch must return images as it was given, "
-                    f"{generated.dtype} or float32 and (N, {shape}), and N labels; got "
-                    f"{batch.dtype} {tuple(batch.shape)} and {len(labels)} labels"
+                    f"{generated.dtype} or float32 and (N, {shape}) with N >= 1, and labels, int64 "
+                    f"(N,) or floating (N, {self.num_classes}); got {batch.dtype} "
+                    f"{tuple(batch.shape)} and {labels.dtype} {tuple(labels.shape)}"
                 )
         if batch is generated and generated._version == version:
             batch = images  # which the student may have seen already
@@ -345,6 +365,7 @@ class Trainer:
         terms = self.method.student_terms(
             student_logits=student(batch), teacher_logits=teacher_logits, labels=labels
         )
+        check_terms(f"{type(self.method).__name__}.student_terms", terms)
         if self._comparing:
             weight = self.recipe.layer_weight * self._factor
             terms["layers"] = weight * self.compared.distance()
@@ -461,20 +482,22 @@ def _described(value: Any) -> str:
 class Remembered:
     """``network``, run once for the same tensor: method, hooks and student share a forward.
 
-    Without gradients it is run as often as it is asked, and nothing is shared.
+    Run again once that was written into. Without gradients it is run as often as it is asked, and
+    nothing is shared.
     """
 
     def __init__(self, network: Network) -> None:
         self.network = network
         self.images: Tensor | None = None
         self.output: Tensor | None = None
-        self.version = 0
+        self.given = self.version = 0  # of the images, of the output
 
     def __call__(self, images: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return self.network(images)
-        if self.output is None or self.images is not images:
-            self.images, self.output = images, self.network(images)
+        if self.output is None or self.images is not images or self.given != images._version:
+            self.images, self.given = images, images._version
+            self.output = self.network(images)
             self.version = self.output._version
         return self.output
 

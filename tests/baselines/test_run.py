@@ -2,11 +2,12 @@
 
 import contextlib
 import copy
+import io
 import itertools
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -20,11 +21,12 @@ from baselines import (
     RECIPES,
     Interrupted,
     deployed,
+    export_onnx,
     load_quantized,
     quantize,
     save_quantized,
 )
-from baselines.errors import CheckpointError, ConfigError, UnsupportedLayerError
+from baselines.errors import CheckpointError, ConfigError, ExportError, UnsupportedLayerError
 from baselines.quantization import checkpoint
 from baselines.quantization.student import build_student
 from baselines.quantization.tracing import traced
@@ -379,6 +381,10 @@ def test_a_stop_without_a_checkpoint():
         run(stop=StopAfter(3))
 
 
+def test_a_stop_after_the_last_step_is_the_end():
+    assert same_result(run(stop=StopAfter(STEPS)), run())
+
+
 OTHER_RUNS = {
     "method": {"method": "adadfq"},
     "same generator": {"method": "qimera"},
@@ -521,11 +527,49 @@ def test_what_must_be_a_function(what):
 def test_a_hooks_state_that_could_not_be_read_back_is_told_at_once(tmp_path):
     class Bank(AGM):
         def state_dict(self):
-            return {"images": np.zeros(3)}
+            return {"images": self.value}
 
-    with pytest.raises(CheckpointError, match=r"not written, .*a hook's state_dict"):
-        run(hooks=[Bank()], checkpoint_path=tmp_path / "run.pt", checkpoint_every=2)
-    assert list(tmp_path.iterdir()) == []
+    for value, why in (
+        (np.zeros(3), "it holds a numpy"),
+        (torch.Generator(), "it holds a torch._C.Generator"),
+        (lambda: 0, "[Cc]an't"),
+    ):
+        bank = Bank()
+        bank.value = value
+        with pytest.raises(CheckpointError, match=rf"not written, .*a hook's state_dict \(.*{why}"):
+            run(hooks=[bank], checkpoint_path=tmp_path / "run.pt", checkpoint_every=2)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hook_that_is_a_dataclass_resumes(tmp_path):
+    @dataclass
+    class Noise:
+        rng: torch.Generator = field(default_factory=torch.Generator)
+
+        def generator_loss(self, *, images, teacher_logits, student, other_terms=None):
+            return 0
+
+        def student_batch(self, *, images, labels):
+            return images + torch.randn(images.shape, generator=self.rng), labels
+
+        def state_dict(self):
+            return {"rng": self.rng.get_state()}
+
+        def load_state_dict(self, state):
+            self.rng.set_state(state["rng"])
+
+    interrupted(tmp_path / "run.pt", hooks=[Noise()])
+    resumed = run(hooks=[Noise()], checkpoint_path=tmp_path / "run.pt", resume=True)
+    assert same_result(resumed, run(hooks=[Noise()]))
+
+
+@pytest.mark.parametrize("name", ["net.pt", "net.pt.previous"])
+def test_a_quantized_network_is_not_overwritten_by_a_run(tmp_path, name):
+    run().save(tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(CheckpointError, match=f"{name}' is a quantized network; choose another"):
+        run(checkpoint_path=tmp_path / "net.pt", checkpoint_every=2)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [(name, before)]
 
 
 def test_another_programs_file_is_not_overwritten(tmp_path):
@@ -767,6 +811,24 @@ def test_bad_settings(settings, received):
     assert steps == []
 
 
+def test_an_evaluation_in_train_mode_changes_nothing():
+    """Also where a BatchNorm stands by itself, whose statistics move."""
+
+    class Twice(Tiny):
+        def forward(self, x):
+            return super().forward(x) + self.fc(
+                F.relu(self.bn1(F.relu(self.conv0(x)))).mean((2, 3))
+            )
+
+    def evaluate(model):
+        model.train()(5 * images())
+        return 1.0
+
+    got = run(Twice(), evaluate=evaluate)
+    assert state_of(got.model) == state_of(run(Twice(), evaluate=lambda _: 1.0).model)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in got.model.modules())
+
+
 @pytest.mark.parametrize("figures", [None, {"top5": 1.0}])
 def test_an_evaluation_without_an_accuracy(figures):
     with pytest.raises(ConfigError, match=r"evaluate must return an accuracy.*'accuracy' one of"):
@@ -789,6 +851,31 @@ def test_a_folder_in_the_place_of_a_file_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "mine.txt"]
 
 
+@pytest.mark.parametrize("path", [None, 1, io.BytesIO()])
+def test_what_is_no_path_is_told(path):
+    result = run()
+    for use in (
+        lambda: run(checkpoint_path=path or 0),
+        lambda: result.save(path),
+        lambda: result.export_onnx(path),
+        lambda: load_quantized(path, Tiny()),
+    ):
+        with pytest.raises(CheckpointError, match="expected the path of a file, got"):
+            use()
+
+
+def test_a_name_that_is_too_long_is_told(tmp_path):
+    with pytest.raises(CheckpointError, match=r"cannot be: File name too long"):
+        run(checkpoint_path=tmp_path / ("a" * 300))
+
+
+def test_a_loaded_network_can_be_trained(tmp_path):
+    run(recipe="quick").save(tmp_path / "net.pt")
+    for architecture in (Tiny(), Tiny().requires_grad_(False)):
+        model = load_quantized(tmp_path / "net.pt", architecture)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_arguments_in_another_order(tmp_path):
     result = run()
     result.save(tmp_path / "a.pt")
@@ -798,6 +885,8 @@ def test_arguments_in_another_order(tmp_path):
         with pytest.raises(CheckpointError, match=f"quantized network, got {type(other).__name__}"):
             save_quantized(other, tmp_path / "b.pt")
     assert not (tmp_path / "b.pt").exists()
+    with pytest.raises(ExportError, match="quantized network, got Result"):
+        export_onnx(result, tmp_path / "b.onnx")
 
 
 def test_bad_teachers():

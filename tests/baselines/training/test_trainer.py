@@ -18,7 +18,7 @@ from baselines.errors import CheckpointError, ConfigError, NonFiniteLossError
 from baselines.methods import gdfq
 from baselines.quantization.quantizers import ActivationQuantizer
 from baselines.training.checks import resolve_precision
-from baselines.training.parallel import ALONE
+from baselines.training.parallel import ALONE, Ranks
 from baselines.training.trainer import Remembered, Trainer
 from tests.baselines import Tiny, bits, fill, images, same_state, weights
 
@@ -549,6 +549,9 @@ def test_going_back_forgets_what_was_not_finite():
     assert same_state(outcome(trainer, 3), expected)
 
 
+BATCH = torch.ones(4, 3, 8, 8)
+
+
 @pytest.mark.parametrize(
     ("call", "value", "message"),
     [
@@ -557,9 +560,16 @@ def test_going_back_forgets_what_was_not_finite():
         ("student_batch", torch.ones(8, 3, 8, 8), r"return \(images, labels\); got a tensor of"),
         ("student_batch", (None, None), "got a tuple"),
         ("student_batch", None, r"Hook.student_batch .* got None"),
-        ("student_batch", (torch.ones(4, 3, 8, 8), torch.ones(8)), "got .* and 8 labels"),
-        ("student_batch", (torch.ones(4, 1, 8, 8), torch.ones(4)), r"float32 .*\(N, 3, 8, 8\)"),
-        ("student_batch", (torch.ones(4, 3, 8, 8).double(), torch.ones(4)), "got torch.float64"),
+        ("generator_loss", 1j, "got a complex"),
+        ("student_batch", (BATCH, torch.ones(8).long()), r"int64 \(8,\)"),
+        ("student_batch", (BATCH, torch.tensor(1)), r"int64 \(\)"),
+        ("student_batch", (BATCH, torch.ones(4).int()), r"int32 \(4,\)"),
+        ("student_batch", (BATCH, torch.ones(4, 1).long()), r"int64 \(4, 1\)"),
+        ("student_batch", (BATCH, torch.ones(4, 4).long()), r"int64 \(4, 4\)"),
+        ("student_batch", (BATCH, torch.ones(4, 5)), r"floating \(N, 4\); .* \(4, 5\)"),
+        ("student_batch", (BATCH[:0], torch.ones(0).long()), "N >= 1"),
+        ("student_batch", (BATCH[:, :1], torch.ones(4).long()), r"float32 .*\(N, 3, 8, 8\)"),
+        ("student_batch", (BATCH.double(), torch.ones(4).long()), "got torch.float64"),
     ],
 )
 def test_what_a_hook_must_return(call, value, message):
@@ -571,6 +581,100 @@ def test_what_a_hook_must_return(call, value, message):
     with pytest.raises(ConfigError, match=message):
         trainer.step()
     assert weights(trainer.generator, trainer.student) == before
+
+
+def test_a_hook_that_does_not_take_what_it_is_given_is_told_before_the_first_step():
+    class Short(Hook):
+        def generator_loss(self, *, images, teacher_logits, student):
+            return 0
+
+    with pytest.raises(ConfigError, match=r"Short.generator_loss must take .*other_terms by name"):
+        make(hooks=(Short(),))
+
+
+def test_a_hook_that_writes_into_the_images_is_refused():
+    class Clamps(Hook):
+        def generator_loss(self, *, images, **_):
+            with torch.no_grad():
+                images.clamp_(-0.1, 0.1)
+            return 0
+
+    trainer = make(hooks=(Clamps(),))
+    train(trainer, WARMUP)
+    with pytest.raises(ConfigError, match=r"Clamps.generator_loss wrote into the images"):
+        trainer.step()
+
+
+def test_a_hooks_own_images_are_asked_about_again_once_they_were_changed():
+    """As a projected gradient's loop changes them."""
+    differ = []
+
+    class Attacks(Hook):
+        def generator_loss(self, *, images, student, **_):
+            x = images.detach().clone().requires_grad_()
+            for _ in range(2):
+                (slope,) = torch.autograd.grad(student(x).square().sum(), x)
+                with torch.no_grad():
+                    x += 0.5 * slope.sign()
+            differ.append((student(x) - student(x.detach().clone())).abs().max().item())
+            return 0
+
+    trainer = make(hooks=(Attacks(),))
+    train(trainer, WARMUP + 2)
+    assert differ == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("whose", ["generator", "student"])
+@pytest.mark.parametrize(
+    ("terms", "got"),
+    [
+        ({}, "dict"),
+        ({"one": 0.0}, "{'one': 'float'}"),
+        ({"one": torch.ones(3)}, "{'one': 'Tensor'}"),
+        (torch.ones(()), "Tensor"),
+    ],
+)
+def test_what_a_method_must_return(whose, terms, got):
+    class Wrong(gdfq.GDFQ):
+        pass
+
+    setattr(Wrong, f"{whose}_terms", lambda self, **_: terms)
+    trainer = make(Wrong(width=4, latent_dim=6))
+    with pytest.raises(ConfigError, match=rf"Wrong.{whose}_terms must return scalar.* got {got}"):
+        train(trainer)
+
+
+@pytest.mark.parametrize(("size", "inputs"), [(12, tuple), (8, lambda pair: pair[0])])
+def test_what_a_methods_generator_must_give(size, inputs):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(5, 3 * size * size)
+
+        def sample(self, n, rng):
+            return inputs([torch.randn(n, 5, generator=rng)]), torch.randint(4, (n,), generator=rng)
+
+        def forward(self, z):
+            return self.linear(z).view(-1, 3, size, size)
+
+    class Method(gdfq.GDFQ):
+        def make_generator(self, *_):
+            return Own()
+
+    message = r"tuple of its forward's inputs" if size == 8 else r"\(3, 8, 8\), got \(3, 12, 12\)"
+    with pytest.raises(ConfigError, match=message):
+        make(Method()).step()
+
+
+def test_a_part_of_one_image_of_four_pixels_is_refused(monkeypatch):
+    """Which a rank's generator cannot normalise on the CPU."""
+    monkeypatch.setattr(Ranks, "first", lambda self, call: call())
+    plan = replace(gdfq.paper(4)[1], batch_size=2)
+    with pytest.raises(ConfigError, match="one image of 4 pixels"):
+        Trainer(
+            Tiny(), method=SMALL["gdfq"], recipe=plan, config=plan.config(3, 3),
+            image_shape=(3, 4, 4), ranks=Ranks(0, 2),
+        )  # fmt: skip
 
 
 def test_a_hook_may_give_float32_images_where_the_generator_gives_bfloat16():
