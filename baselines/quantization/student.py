@@ -91,10 +91,12 @@ def _refuse_unsupported(student: fx.GraphModule) -> None:
             # torch's own quantized layers pack their weights. A module may add what it likes.
             or any(not isinstance(v, Tensor) and k != "_extra_state" for k, v in own)
         ):
+            kind = type(module)
+            plain = getattr(nn, kind.__name__, kind) is kind  # no other class of such a name
             raise UnsupportedLayerError(
-                f"layer {name!r} ({type(module).__module__}.{type(module).__name__}) has weights "
-                "that cannot be quantized; supported are Conv (also transposed), Linear, BatchNorm "
-                "and PReLU of real numbers; of a parallel or compiled layer give the module inside"
+                f"layer {name!r} ({kind.__name__ if plain else kind}) has weights that cannot be "
+                "quantized; supported are Conv (also transposed), Linear, BatchNorm and PReLU of "
+                "real numbers; of a parallel or compiled layer give the module inside"
             )
     if not weighted_nodes(student):
         raise UnsupportedLayerError("the network has no Conv or Linear layer to quantize")
