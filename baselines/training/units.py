@@ -21,10 +21,11 @@ FULL_BITS = 4  # chosen at 8 bits, in benchmarks/evidence/results/ablation.md
 def in_units(student: nn.Module) -> list[tuple[float, list[nn.Parameter]]]:
     """All parameters of ``student``, each once, in groups of one unit.
 
-    A quantized weight, and the bias of its layer: the median over its channels of ``scale``, those
-    of zeros left out (0 if all are), times (2^4 - 1) / (2^bits - 1) from 5 bits on. An activation
-    quantizer's ``log_gain``: 1 / (2^bits - 1), by which the highest of its levels moves by one. All
-    else, such as a BatchNorm that stands by itself: the same for the student's activation bits.
+    A quantized weight, and the bias of its layer: the median over its numbers of their channels'
+    ``scale``, zeros left out (0 if all are), times (2^4 - 1) / (2^bits - 1) from 5 bits on. An
+    activation quantizer's ``log_gain``: 1 / (2^bits - 1), by which the highest of its levels moves
+    by one. All else, such as a BatchNorm that stands by itself: the same for the student's
+    activation bits.
     """
     config: QuantizationConfig = student.meta["config"]  # type: ignore[assignment]
     groups, known = [], set()
