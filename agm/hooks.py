@@ -142,9 +142,9 @@ class AGM:
     learns from these images as they are. A turn is what lies between two changes from
     :meth:`student_batch` back to :meth:`generator_loss`: a step, however many micro-batches each
     of the two accumulates gradients over, or a micro-batch where the two are called in pairs, so
-    that a step has both. Where :meth:`student_batch` is never called, all turns are the loss's,
-    and what it is given before the first :meth:`generator_loss` is interpolated; a trainer that
-    first trains the generator and then the student needs ``alternate=False``.
+    that a step has both. Where :meth:`student_batch` is never called, all turns are the loss's;
+    before the first :meth:`generator_loss` it interpolates in every call. A trainer that first
+    trains the generator and then the student needs ``alternate=False``.
 
     Args:
         loss, interpolation: switch either part off (default: both on).

@@ -256,11 +256,11 @@ def _norm_of(
     node: fx.Node, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> nn.Module:
     eps = argument(node, 7, "eps", 1e-5)
-    norm = nn.BatchNorm2d(len(mean), eps=eps, affine=weight is not None or bias is not None)
+    norm = nn.BatchNorm2d(len(mean), eps=eps)
     norm.running_mean, norm.running_var = mean.detach().clone(), var.detach().clone()
-    if norm.affine:
-        norm.weight = _parameter(torch.ones_like(mean) if weight is None else weight)
-        norm.bias = _parameter(torch.zeros_like(mean) if bias is None else bias)
+    norm.weight = None if weight is None else _parameter(weight)
+    norm.bias = None if bias is None else _parameter(bias)
+    _complete(norm)
     norm._check_input_dim = _any_dim
     return norm
 

@@ -64,7 +64,8 @@ def check_own(path: str | Path) -> None:
     no quantized network, neither there nor in the place of the checkpoint before.
     """
     check_place(path)
-    for place in (as_path(path), previous(as_path(path))):
+    path = as_path(path)
+    for place in (path, previous(path)):
         try:
             with open(place, "rb") as file:
                 start = file.read(len(MAGIC))
@@ -91,7 +92,6 @@ def check_place(path: str | Path) -> None:
             raise CheckpointError(f"{str(path)!r} is a folder; give the name of a file in it")
         if not path.parent.is_dir():
             raise CheckpointError(f"{str(path)!r} is in no folder; make the folder first")
-        path.exists()
     except OSError as error:
         raise CheckpointError(f"{str(path)!r} cannot be: {error.strerror or error}") from error
     if not os.access(path.parent, os.W_OK):

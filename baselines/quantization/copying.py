@@ -16,6 +16,11 @@ from baselines.quantization.graph import CONVOLUTIONS, check_logits_shape
 # What makes a weight before each forward; torch's modules are hidden by functions of their names.
 _WEIGHT_HOOKS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
 
+_HOOKS = (
+    "forward", "forward_pre", "backward", "backward_pre", "state_dict", "state_dict_pre",
+    "load_state_dict_pre", "load_state_dict_post",
+)  # fmt: skip
+
 
 def own_copy(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """``network`` with its hooks, in eval mode, on the CPU; the given one is untouched.
@@ -77,14 +82,7 @@ def without_hooks(network: nn.Module) -> nn.Module:
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, _WEIGHT_HOOKS):  # which make the weight before each forward
                 _bake_hook(module, hook)
-        for hooks in ("forward", "forward_pre", "backward", "backward_pre"):
-            getattr(module, f"_{hooks}_hooks").clear()
-        for hooks in (
-            "state_dict",
-            "state_dict_pre",
-            "load_state_dict_pre",
-            "load_state_dict_post",
-        ):
+        for hooks in _HOOKS:
             getattr(module, f"_{hooks}_hooks").clear()
         module._forward_hooks_with_kwargs.clear()
         module._forward_pre_hooks_with_kwargs.clear()

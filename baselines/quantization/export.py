@@ -43,8 +43,9 @@ class Exported:
         bytes: of the file.
         float_bytes: of the network's weights and biases in float32, without any graph.
         rows: (layer, bits of its weights, "integer" or "float", why it is not integer).
-        difference: of the file's logits to the student's, relative to the largest one: that of an
-            image is the largest over its classes, this the median over images.
+        difference: of its logits, as :func:`deployed` computes them, to the student's: relative to
+            the largest one, that of an image is the largest over its classes, this the median over
+            images.
     """
 
     path: Path
@@ -109,14 +110,15 @@ def export_onnx(
         shape = network.meta["image_shape"]
         images = torch.randn(16, *shape, generator=torch.Generator().manual_seed(0))
     images = images[:16].detach().cpu().float()
-    _check(data, network, images[:5])
+    student = copy.deepcopy(model).cpu().float().eval()
+    with torch.no_grad():
+        logits = network(images)
+        difference = _difference(logits, student(images))
+    _check(data, images[:5], logits[:5])
     checkpoint.write(path, data)
     rows = _rows(model, network)
     layers = {weighted_layer(network, node) for node in weighted_nodes(network)}
     size = sum(m.weight.numel() + (0 if m.bias is None else m.bias.numel()) for m in layers)
-    student = copy.deepcopy(model).cpu().float().eval()
-    with torch.no_grad():
-        difference = _difference(network(images), student(images))
     return Exported(path, len(data), 4 * size, rows, difference)
 
 
@@ -173,9 +175,8 @@ def _difference(logits: Tensor, wanted: Tensor) -> float:
     return float((logits - wanted).abs().amax(1).median() / wanted.abs().max())
 
 
-@torch.no_grad()
-def _check(data: bytes, network: fx.GraphModule, images: Tensor) -> None:
-    """Run the file once, unoptimised, against the integers in torch."""
+def _check(data: bytes, images: Tensor, logits: Tensor) -> None:
+    """Run the file once, unoptimised, against the logits of the integers in torch."""
     if find_spec("onnxruntime") is None:
         return
     import onnxruntime
@@ -191,7 +192,7 @@ def _check(data: bytes, network: fx.GraphModule, images: Tensor) -> None:
             f"ONNX Runtime does not take the file ({type(error).__name__}: "
             f"{str(error).splitlines()[0]})"
         ) from error
-    error = _difference(torch.from_numpy(given), network(images))
+    error = _difference(torch.from_numpy(given), logits)
     if not error <= 1e-2:
         raise ExportError(
             "the file that torch.onnx.export makes computes something else: its logits differ by "
