@@ -3,7 +3,8 @@
 from agm import functional
 from agm.augment import LinearInterpolation
 from agm.errors import AgmError
-from agm.hooks import AGM, Hook, frozen_parameters
+from agm.frozen import frozen_parameters
+from agm.hooks import AGM, Hook
 from agm.loss import GaussianMarginLoss
 from agm.temporal import DiversityProbe
 

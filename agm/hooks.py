@@ -11,81 +11,28 @@ batch, labels = hook.student_batch(images=images.detach(), labels=labels)       
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrize
-from torch.utils.checkpoint import CheckpointFunction
 
 from agm.augment import LinearInterpolation
 from agm.errors import AgmValueError, check_argument, check_state
+from agm.frozen import frozen_parameters
 from agm.functional import (
     Discrepancy,
-    at_least_float32,
     check_logits,
     margin_parts,
     measure,
     resolve_discrepancy,
 )
+from agm.graph import check_graph, check_recomputation, gradient_norm, in_float16
 
 Network = Callable[[Tensor], Tensor]
 ACTIVE = 0.1  # mean Phi(z) of a batch from which on its gradient's norm is taken for the usual one
-
-
-@contextmanager
-def frozen_parameters(module: nn.Module) -> Iterator[nn.Module]:
-    """Switch the gradients of a module's parameters off, and back to what they were on leaving.
-
-    A forward inside still carries gradients to its *input*, at the cost of the input gradient
-    alone, and never writes to the parameters' ``.grad``, however late ``backward`` runs. With one
-    exception: what ``torch.utils.checkpoint`` wraps runs again in ``backward``, with the flags of
-    that moment, so call ``backward`` inside too.
-
-    Parametrized tensors are computed once, on entering, and are constants inside; so under
-    ``parametrize.cached()`` what is cached has its graph, for the forwards after this one. For one
-    thread at a time.
-    """
-    before = [(p, p.requires_grad) for p in module.parameters()]
-    parametrized = [
-        (m, type(m), {name: _with_graph(m, name) for name in _parametrized_names(m)})
-        for m in module.modules()
-        if _parametrized_names(m)
-    ]
-    try:
-        for p, _ in before:
-            p.requires_grad_(False)
-        for m, _, tensors in parametrized:
-            m.__class__ = parametrize.type_before_parametrizations(m)
-            vars(m).update({name: tensor.detach() for name, tensor in tensors.items()})
-        yield module
-    finally:
-        for m, kind, tensors in parametrized:
-            for name in tensors:
-                del vars(m)[name]
-            m.__class__ = kind
-        for p, requires_grad in before:
-            p.requires_grad_(requires_grad)
-
-
-def _parametrized_names(module: nn.Module) -> list[str]:
-    """The tensors that parametrizations compute; none where they are constants for now."""
-    if not parametrize.is_parametrized(module) or not isinstance(
-        module.parametrizations, nn.ModuleDict
-    ):
-        return []
-    return [
-        n for n in module.parametrizations if isinstance(getattr(type(module), n, None), property)
-    ]
-
-
-def _with_graph(module: nn.Module, name: str) -> Tensor:
-    with torch.inference_mode(False), torch.enable_grad():
-        return getattr(module, name)
 
 
 class Hook(Protocol):
@@ -261,11 +208,11 @@ class AGM:
             d = measure(self.discrepancy, teacher_logits, student_logits)
             measuring = learning and evaluations % self.interval == 0
             if learning:  # the whole graph only now and then: a step is short
-                _check_graph("teacher_logits", teacher_logits, images, whole=measuring)
-                _check_graph("the student's logits", student_logits, images, whole=measuring)
-                _check_graph("the discrepancy", d, images, whole=measuring)
+                check_graph("teacher_logits", teacher_logits, images, whole=measuring)
+                check_graph("the student's logits", student_logits, images, whole=measuring)
+                check_graph("the discrepancy", d, images, whole=measuring)
                 if measuring and isinstance(student, nn.Module):
-                    _check_recomputation(student, student_logits, images)
+                    check_recomputation(student, student_logits, images)
             with torch.no_grad():
                 variance, mean = torch.var_mean(d, correction=0)
                 self._follow(running, mean=mean, variance=variance)
@@ -277,9 +224,10 @@ class AGM:
             below, density = margin_parts(excess.detach(), std)
             term = torch.addcmul(std * density, excess, below).mean()
             if measuring and other_terms is not None:
-                _check_graph("other_terms", other_terms, images)
-                half = _in_float16(images, teacher_logits, student_logits)
-                weight = self._balance(term, other_terms, images, 2.0**16 if half else 1.0)
+                check_graph("other_terms", other_terms, images)
+                half = in_float16(images, teacher_logits, student_logits)
+                ours, theirs = (gradient_norm(t, images, half=half) for t in (term, other_terms))
+                weight = self.ratio * theirs / ours
                 self._follow(running, weight=weight.where(below.mean() >= ACTIVE, torch.nan))
             loss = term
             if "weight" in running:
@@ -375,90 +323,3 @@ class AGM:
             f"discrepancy={self._measure}, ratio={self.ratio}, decay={self.decay}, "
             f"interval={self.interval}, alternate={self.alternate}, regions={self.mix.regions})"
         )
-
-    def _balance(self, term: Tensor, other_terms: Tensor, images: Tensor, scale: float) -> Tensor:
-        """The weight that holds the gradients' norms at the images in ``ratio``, now."""
-        try:
-            ours, theirs = (_gradient_norm(t, images, scale) for t in (term, other_terms))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise AgmValueError(
-                f"no gradient at the images could be taken: {error} (other_terms must be a scalar "
-                "whose graph is still there; networks under torch.compile need donated_buffer off "
-                "before their first step; a student that checkpoints its activations needs "
-                "use_reentrant=False, and frozen_parameters(student) around generator_loss and "
-                "backward)"
-            ) from error
-        return self.ratio * theirs / ours
-
-
-def _check_graph(what: str, value: Tensor, images: Tensor, *, whole: bool = True) -> None:
-    """Raise :class:`AgmValueError` unless the graph of ``value`` leads to ``images``.
-
-    Args:
-        whole: follow it; else see only whether there is one.
-    """
-    if not isinstance(value, Tensor):
-        raise AgmValueError(f"{what} must be a tensor, got {value!r}")
-    if not images.requires_grad:
-        raise AgmValueError(
-            "images carry no graph: pass the generator's output itself, not a detached copy"
-        )
-    if not value.requires_grad or (whole and not _leads(value, images)):
-        raise AgmValueError(
-            f"{what} must depend on images, and the graph does not lead there: compute them from "
-            "the images that are given, without torch.no_grad() or detach(), and compile the "
-            "networks, not the step"
-        )
-
-
-def _leads(value: Tensor, images: Tensor) -> bool:
-    """Whether the graph of ``value`` leads to ``images``, not to what was made together with it."""
-    start, goal = get_gradient_edge(value)[:2], get_gradient_edge(images)[:2]
-    return start == goal or any(goal in n.next_functions for n in _graph(value, goal[0]))
-
-
-def _graph(value: Tensor, goal: Node) -> Iterator[Node]:
-    """The nodes of the graph behind ``value``, as far back as ``goal``, which is not among them."""
-    seen, found = {goal}, [get_gradient_edge(value).node]
-    while found:
-        node = found.pop()
-        if node not in seen:
-            yield node
-            seen.add(node)
-            found += [n for n, _ in node.next_functions if n is not None]
-
-
-def _check_recomputation(student: nn.Module, logits: Tensor, images: Tensor) -> None:
-    """Raise :class:`AgmValueError` if ``backward`` would run parts of the student unfrozen."""
-    behind = _graph(logits, get_gradient_edge(images).node)  # not the generator's own checkpoint
-    name = f"{CheckpointFunction.__name__}Backward"
-    if any(p.requires_grad for p in student.parameters()) and name in (n.name() for n in behind):
-        raise AgmValueError(
-            "the student checkpoints its activations with use_reentrant=True, and when backward "
-            "runs them again its parameters would receive gradients of the generator's loss: call "
-            "generator_loss and backward inside frozen_parameters(student)"
-        )
-
-
-def _in_float16(*tensors: Tensor) -> bool:
-    """Whether a gradient may pass through float16, whose smallest number is 6e-8."""
-    kind = tensors[0].device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    return torch.float16 in (autocast, *(t.dtype for t in tensors))
-
-
-def _gradient_norm(term: Tensor, images: Tensor, scale: float) -> Tensor:
-    """The norm of the gradient at the images, taken of ``scale`` times the term."""
-    kept = images.grad if images.retains_grad else None
-    while True:
-        scaled = at_least_float32(term) * scale
-        (gradient,) = torch.autograd.grad(scaled, images, retain_graph=True)
-        if images.retains_grad:  # to which autograd.grad adds, too
-            images.grad = kept
-        norm = at_least_float32(gradient).norm() / scale
-        # In float16 large gradients overflow as small ones vanish; only there the device is asked.
-        if scale == 1 or norm.isfinite():
-            return norm
-        scale /= 16

@@ -104,6 +104,18 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     )
 
 
+def bits(*modules: nn.Module) -> list:
+    """All that a module is: parameters, flags, gradients, buffers, modes."""
+    state = []
+    for module in modules:
+        for p in module.parameters():
+            grad = None if p.grad is None else p.grad.numpy().tobytes()
+            state.append((p.detach().numpy().tobytes(), p.requires_grad, grad))
+        state += [b.numpy().tobytes() for b in module.buffers()]
+        state += [m.training for m in module.modules()]
+    return state
+
+
 def classifier(seed: int = 0, classes: int = 3) -> nn.Sequential:
     """A convolution with BatchNorm and a linear layer, (N, 3, H, W) -> (N, classes)."""
     torch.manual_seed(seed)
