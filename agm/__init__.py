@@ -3,9 +3,9 @@
 from agm import functional
 from agm.augment import LinearInterpolation
 from agm.errors import AgmError
-from agm.frozen import frozen_parameters
 from agm.hooks import AGM, Hook
 from agm.loss import GaussianMarginLoss
+from agm.networks import frozen_parameters
 from agm.temporal import DiversityProbe
 
 __all__ = [

@@ -31,7 +31,10 @@ def check_logits(teacher_logits: Tensor, student_logits: Tensor) -> None:
     """Raise :class:`AgmValueError` unless both are floating, of one shape (N, C), N, C >= 1."""
     if not (isinstance(teacher_logits, Tensor) and isinstance(student_logits, Tensor)):
         kinds = type(teacher_logits).__name__, type(student_logits).__name__
-        raise AgmValueError(f"logits must be tensors, got {kinds[0]} and {kinds[1]}")
+        raise AgmValueError(
+            f"logits must be tensors, got {kinds[0]} and {kinds[1]}; take them out of what the "
+            "networks return"
+        )
     shape, other = tuple(teacher_logits.shape), tuple(student_logits.shape)
     if shape != other:
         raise AgmValueError(
@@ -222,6 +225,19 @@ def expected_margin(discrepancy: Tensor, mean: float | Tensor, std: float | Tens
     """
     d, mu, sigma = _widen(discrepancy, mean, std)
     return _GaussianHinge.apply(mu - d, sigma).to(discrepancy.dtype)
+
+
+def margin_and_slope(d: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`expected_margin` and Phi(z), for a mean and a std that no gradient reaches.
+
+    As (mean - d) Phi(z) + std phi(z), its two derivatives held: what they would add to the gradient
+    cancels. It takes two thirds of the other's time, is for first derivatives, and in the tail it
+    is accurate to rounding of std, and no better.
+    """
+    # Not -inf, whose product with Phi = 0 is NaN.
+    excess = (mean - d).clamp(min=torch.finfo(d.dtype).min)
+    below, density = margin_parts(excess.detach(), std)
+    return torch.addcmul(std * density, excess, below), below
 
 
 def sampled_margin(

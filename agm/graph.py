@@ -60,11 +60,16 @@ def check_recomputation(student: nn.Module, logits: Tensor, images: Tensor) -> N
         )
 
 
-def in_float16(*tensors: Tensor) -> bool:
-    """Whether a gradient may pass through float16, whose smallest number is 6e-8."""
-    kind = tensors[0].device.type
+def in_float16(images: Tensor, *values: Tensor) -> bool:
+    """Whether a gradient may pass through float16, whose smallest number is 6e-8.
+
+    Of networks that autocast by themselves the graph tells, if it is not compiled.
+    """
+    kind, goal = images.device.type, get_gradient_edge(images).node
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    return torch.float16 in (autocast, *(t.dtype for t in tensors))
+    nodes = (node for value in values for node in _graph(value, goal))
+    between = (made.dtype for node in nodes for made in getattr(node, "_input_metadata", ()))
+    return torch.float16 in (autocast, images.dtype, *between)
 
 
 def gradient_norm(term: Tensor, images: Tensor, *, half: bool) -> Tensor:

@@ -11,27 +11,24 @@ batch, labels = hook.student_batch(images=images.detach(), labels=labels)       
 """
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from agm.augment import LinearInterpolation
 from agm.errors import AgmValueError, check_argument, check_state
-from agm.frozen import frozen_parameters
 from agm.functional import (
     Discrepancy,
     check_logits,
-    margin_parts,
+    margin_and_slope,
     measure,
     resolve_discrepancy,
 )
 from agm.graph import check_graph, check_recomputation, gradient_norm, in_float16
+from agm.networks import Network, frozen_parameters, without_wrapper
 
-Network = Callable[[Tensor], Tensor]
 ACTIVE = 0.1  # mean Phi(z) of a batch from which on its gradient's norm is taken for the usual one
 
 
@@ -79,7 +76,8 @@ class AGM:
       generator's other terms. It is measured every ``interval`` evaluations (two extra backward
       passes to the images) and averaged; without ``other_terms`` it stays 1. Not measured where the
       margin hardly acts (a batch's mean Phi(z) below 0.1, as when d has just risen), since there
-      the term has next to no gradient.
+      the term has next to no gradient. Tensor hooks and retained gradients between the images and
+      the losses see these passes as well.
 
     The student's batch is interpolated (:class:`agm.LinearInterpolation`), by default in one region
     of each image; the trainer then asks the teacher about the new images.
@@ -91,7 +89,8 @@ class AGM:
     of the two accumulates gradients over, or a micro-batch where the two are called in pairs, so
     that a step has both. Where :meth:`student_batch` is never called, all turns are the loss's;
     before the first :meth:`generator_loss` it interpolates in every call. A trainer that first
-    trains the generator and then the student needs ``alternate=False``.
+    trains the generator and then the student needs ``alternate=False``; a second generator, an
+    AGM of its own.
 
     Args:
         loss, interpolation: switch either part off (default: both on).
@@ -174,11 +173,13 @@ class AGM:
             images: (N, ...), with the generator's graph behind them.
             teacher_logits: (N, C), the teacher on these images, with their graph.
             student: images -> logits, in eval mode (in train mode its BatchNorm statistics move),
-                its weights as they are until ``backward`` has run. They receive no gradient if it
-                is a module; wrap another callable in :func:`frozen_parameters` yourself, and a
-                module that checkpoints its activations together with ``backward``. Of
-                DistributedDataParallel the module inside is asked: its wrapper would wait for
-                gradients of its parameters.
+                its observers of ranges off, its weights as they are until ``backward`` has run.
+                They receive no gradient if it is a module; wrap another callable in
+                :func:`frozen_parameters` yourself, such as one that takes the logits out of what
+                the module returns, and a module that checkpoints its activations together with
+                ``backward``. Of DistributedDataParallel the module inside is asked: its wrapper
+                would wait for gradients of its parameters. Networks that autocast to float16 by
+                themselves and are compiled need the same ``torch.autocast`` around this call.
             other_terms: the generator's loss without this term, a scalar depending on ``images``.
 
         Returns:
@@ -191,8 +192,7 @@ class AGM:
                 does not lead to ``images``, or where no gradient can be taken there, and a student
                 whose activations ``backward`` would compute again unfrozen. No state has changed.
         """
-        if isinstance(student, DistributedDataParallel):
-            student = student.module
+        student = without_wrapper(student)
         learning = torch.is_grad_enabled()
         turn = self.turn + int(self.student_asked or not self.turn)
         evaluations = self.evaluations
@@ -210,25 +210,21 @@ class AGM:
             if learning:  # the whole graph only now and then: a step is short
                 check_graph("teacher_logits", teacher_logits, images, whole=measuring)
                 check_graph("the student's logits", student_logits, images, whole=measuring)
-                check_graph("the discrepancy", d, images, whole=measuring)
+                check_graph("the discrepancy", d, images, whole=False)
                 if measuring and isinstance(student, nn.Module):
                     check_recomputation(student, student_logits, images)
             with torch.no_grad():
                 variance, mean = torch.var_mean(d, correction=0)
                 self._follow(running, mean=mean, variance=variance)
                 std = running["variance"].sqrt()
-            # Not -inf, whose product with Phi = 0 is NaN.
-            excess = (running["mean"] - d).clamp(min=torch.finfo(d.dtype).min)
-            # expected_margin as excess * Phi(z) + std * phi(z), its two derivatives held: what they
-            # would add to the gradient cancels. It takes two thirds of expected_margin's time.
-            below, density = margin_parts(excess.detach(), std)
-            term = torch.addcmul(std * density, excess, below).mean()
+            margin, slope = margin_and_slope(d, running["mean"], std)
+            term = margin.mean()
             if measuring and other_terms is not None:
                 check_graph("other_terms", other_terms, images)
-                half = in_float16(images, teacher_logits, student_logits)
+                half = in_float16(images, term, other_terms)
                 ours, theirs = (gradient_norm(t, images, half=half) for t in (term, other_terms))
                 weight = self.ratio * theirs / ours
-                self._follow(running, weight=weight.where(below.mean() >= ACTIVE, torch.nan))
+                self._follow(running, weight=weight.where(slope.mean() >= ACTIVE, torch.nan))
             loss = term
             if "weight" in running:
                 weight = running["weight"].to(term)
@@ -296,6 +292,12 @@ class AGM:
             raise AgmValueError(
                 f"the state's averages are of the discrepancy {state['discrepancy']}, whose units "
                 f"are not those of {self._measure}; make the AGM with the former"
+            )
+        if state["evaluations"] and not {"mean", "variance"} <= set(state["running"]):
+            raise AgmValueError(
+                f"the state of {state['evaluations']} evaluations lacks their averages: keep the "
+                "whole of state_dict(), as torch.save does and torch.distributed.checkpoint, which "
+                "restores what a new AGM's state has, does not"
             )
         with torch.inference_mode(False):  # whose tensors no graph could save
             running = {name: value.clone() for name, value in state["running"].items()}

@@ -1,7 +1,6 @@
 """Temporal diversity: does the generator still move, and do its images differ?"""
 
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from agm.errors import AgmValueError, check_state
 from agm.functional import at_least_float32
+from agm.networks import Network, without_wrapper
 
 
 class DiversityProbe:
@@ -28,7 +28,9 @@ class DiversityProbe:
 
     Features are what the linear layer that the teacher runs last receives (its output if it has
     none, or one that runs at every place, not once a sample). Nothing is left behind: training
-    modes, a module's buffers and torch's RNGs are as before the call.
+    modes, a module's buffers and torch's RNGs are as before the call. What the networks draw in
+    their forwards is the same in every call; their own hooks run. Of DistributedDataParallel the
+    module inside is asked, so that one rank may probe alone.
 
     Args:
         generator: a module or any callable, ``generator(*latents) -> images``; what another
@@ -46,11 +48,11 @@ class DiversityProbe:
 
     def __init__(
         self,
-        generator: Callable[..., Tensor],
+        generator: Network,
         latents: Tensor | tuple[Any, ...],
         teacher: nn.Module,
     ) -> None:
-        self.generator, self.teacher = generator, teacher
+        self.generator, self.teacher = without_wrapper(generator), without_wrapper(teacher)
         given = latents if isinstance(latents, tuple) else (latents,)
         self.latents = tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in given)
         self.images: Tensor | None = None
@@ -104,10 +106,13 @@ class DiversityProbe:
         seen: list[Tensor] = []
         linears = [m for m in self.teacher.modules() if isinstance(m, nn.Linear)]
         tensors = [t for t in self.latents if isinstance(t, Tensor)]
-        if isinstance(self.generator, nn.Module):
-            tensors += self.generator.parameters()
-        devices = {t.device for t in tensors if t.is_cuda}
+        for network in (self.generator, self.teacher):
+            tensors += network.parameters() if isinstance(network, nn.Module) else ()
+        devices = {t.device.index for t in tensors if t.is_cuda}
         with torch.random.fork_rng(devices=list(devices)), ExitStack() as stack:
+            rngs = [torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)]
+            for rng in rngs:
+                rng.manual_seed(0)  # noise is as fixed as the latents are
             for linear in linears:
                 handle = linear.register_forward_pre_hook(
                     lambda _module, inputs, named: seen.append([*inputs, *named.values()][0]),
@@ -130,7 +135,7 @@ class DiversityProbe:
         return torch.nn.utils.get_total_norm(gradients).to(nan) if gradients else nan
 
 
-def _on_copied_buffers(network: Callable[..., Tensor], *inputs: Any) -> Tensor:
+def _on_copied_buffers(network: Network, *inputs: Any) -> Tensor:
     """``network(*inputs)``; what BatchNorm would keep of it is thrown away."""
     modules = network.modules() if isinstance(network, nn.Module) else ()
     # Not functional_call, which takes neither scripted nor parallel networks, nor modules with two

@@ -40,7 +40,7 @@ TESTS = {
     "agm/loss.py": ["agm/test_loss.py"],
     "agm/augment.py": ["agm/test_augment.py"],
     "agm/temporal.py": ["agm/test_temporal.py"],
-    "agm/frozen.py": ["agm/test_frozen.py"],
+    "agm/networks.py": ["agm/test_networks.py", "agm/test_hooks.py"],
     "agm/graph.py": ["agm/test_hooks.py"],
     "agm/hooks.py": ["agm/test_hooks.py"],
     "baselines/quantization/quantizers.py": [

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch.nn.functional as F
 from torch import Tensor
 
-from agm.hooks import Network
+from agm.networks import Network
 from baselines.methods import gdfq
 from baselines.training.recipe import Recipe
 

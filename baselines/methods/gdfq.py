@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agm.hooks import Network
+from agm.networks import Network
 from baselines.training.generators import LabelledGenerator
 from baselines.training.losses import distillation
 from baselines.training.recipe import Recipe

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from agm import Hook
-from agm.hooks import Network
+from agm.networks import Network
 from baselines.defaults import torch_defaults
 from baselines.errors import (
     CheckpointError,

@@ -17,6 +17,7 @@ from agm.functional import (
     DISCREPANCIES,
     expected_margin,
     interpolate,
+    margin_and_slope,
     regions,
     sampled_margin,
 )
@@ -124,6 +125,27 @@ def test_gradient_is_minus_phi(dtype, data):
     assert torch.allclose(by_std.double(), values(density, *triple), rtol=0, atol=4 * eps(dtype))
     assert (by_d <= 0).all()
     assert (by_d >= -1).all()
+
+
+@pytest.mark.parametrize("dtype", FULL)
+@given(data=st.data())
+def test_margin_and_slope_are_the_margin_and_its_derivative(dtype, data):
+    d, mean, std = data.draw(margins(dtype))
+    d = d.clone().requires_grad_()
+    got, slope = margin_and_slope(d, mean, std)
+    (by_d,) = torch.autograd.grad(got.sum(), d)
+    phi = values(gate, d.detach(), mean, std)
+    assert torch.allclose(slope.double(), phi, rtol=0, atol=4 * eps(dtype))
+    assert same_bits(by_d, -slope.expand_as(d))
+    error = 8 * eps(dtype) * (std + mean.abs() + d.detach().abs())
+    assert ((got - expected_margin(d, mean, std)).abs() <= error).all()
+
+
+def test_margin_and_slope_of_an_infinite_discrepancy():
+    d = torch.tensor([torch.inf, 0.5], requires_grad=True)
+    got, slope = margin_and_slope(d, torch.tensor(0.5), torch.tensor(0.25))
+    got.sum().backward()
+    assert got[0] == slope[0] == d.grad[0] == 0
 
 
 @given(means, stds(), full_dtypes)

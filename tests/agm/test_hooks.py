@@ -453,7 +453,7 @@ def freed(loss):
         ({"student": lambda x: x.flatten(1)}, r"teacher \(4, 3\), student \(4, 6\)"),
         ({"student": lambda x: x.flatten(1)[:2, :3]}, r"teacher \(4, 3\), student \(2, 3\)"),
         ({"student": lambda x: torch.zeros(4, 3).long()}, "int64"),
-        ({"student": lambda x: (x.flatten(1)[:, :3], None)}, "Tensor and tuple"),
+        ({"student": lambda x: (x.flatten(1)[:, :3], None)}, "Tensor and tuple; take them out"),
         ({"teacher_logits": torch.zeros(4)}, r"\(4,\)"),
         ({"teacher_logits": torch.zeros(4), "settings": {"loss": False}}, r"\(4,\)"),
         ({"settings": {"discrepancy": lambda t, s: (t - s).abs()}}, r"\(4, 3\)"),
@@ -509,6 +509,15 @@ def test_terms_that_were_made_together_with_the_images():
     with pytest.raises(AgmError, match=r"other_terms must depend on images.*not the step"):
         AGM().generator_loss(**given, other_terms=total)
     AGM().generator_loss(**given, other_terms=total + images.mean()).backward()
+
+
+def test_a_state_without_its_averages_is_a_named_error_and_changes_nothing():
+    """As torch.distributed.checkpoint restores it, which fills in what a new AGM's state has."""
+    hook, other = AGM(), AGM()
+    use(hook, *steps(0, 1))
+    with pytest.raises(AgmError, match="1 evaluations lacks their averages"):
+        other.load_state_dict(hook.state_dict() | {"running": {}})
+    assert (other.evaluations, other.turn, other.running) == (0, 0, {})
 
 
 def test_a_state_of_another_discrepancy_is_a_named_error_and_changes_nothing():
@@ -692,7 +701,20 @@ def test_a_gradient_that_is_kept_at_the_images_is_that_of_backward_alone():
         assert torch.equal(*kept)
 
 
-def test_the_weight_in_float16_is_that_in_float32():
+class Autocast(nn.Module):
+    """A network that sees to its precision itself."""
+
+    def __init__(self, network, dtype):
+        super().__init__()
+        self.network, self.dtype = network, dtype
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=self.dtype, enabled=self.dtype is not None):
+            return self.network(x).float()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_weight_in_float16_is_that_in_float32(inside):
     """Of 256 images each has a gradient so small that float16 loses most of it."""
     torch.manual_seed(0)
     teacher = nn.Sequential(
@@ -703,15 +725,17 @@ def test_the_weight_in_float16_is_that_in_float32():
     with torch.no_grad():
         for p in student.parameters():
             p += 0.01 * torch.randn(p.shape, generator=rng(1))
-    x = torch.randn(256, 3, 12, 12, generator=rng(2)).requires_grad_()
+    x = torch.randn(256, 3, 32, 32, generator=rng(2)).requires_grad_()
 
     def measured(factor, dtype=None):
-        hook = AGM()
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-            logits = teacher(x)
+        hook, p, q = AGM(), teacher, student
+        if inside:
+            p, q = Autocast(p, dtype), Autocast(q, dtype)
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None and not inside):
+            logits = p(x)
             others = factor * F.cross_entropy(logits, torch.arange(256) % 10)
             loss = hook.generator_loss(
-                images=x, teacher_logits=logits, student=student, other_terms=others
+                images=x, teacher_logits=logits, student=q, other_terms=others
             )
         return hook.running["weight"].item(), loss, others
 
@@ -809,6 +833,11 @@ def test_a_distributed_student_is_asked_without_its_wrapper():
         want = AGM().generator_loss(**flat | {"student": student.module})
         got = AGM().generator_loss(**flat | {"student": student})
         assert same_bits(got, want)
+        for inner in (nn.Sequential(student), torch.compile(student, backend="eager")):
+            with pytest.raises(AgmError, match=r"static_graph=True.*give the module that is"):
+                AGM().generator_loss(**flat | {"student": inner})
+        other = nn.Sequential(DistributedDataParallel(student.module))
+        assert same_bits(AGM().generator_loss(**flat | {"student": other}), want)
     finally:
         dist.destroy_process_group()
 

@@ -6,9 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from agm import AgmError, DiversityProbe
 from tests.agm import classifier, elsewhere, image_generator, same_bits
@@ -190,6 +192,29 @@ def test_a_frozen_generator_does_not_move(seed, n):
     first, second = probe(), probe()
     assert second["image_movement"] == second["feature_movement"] == 0
     assert second["snapshot_similarity"] == first["batch_similarity"]
+
+
+def test_noise_is_as_fixed_as_the_latents():
+    """What a frozen generator draws in its forward is no movement."""
+    probe = DiversityProbe(Noisy(), latents(), classifier())
+    probe()
+    torch.rand(1)
+    row = probe()
+    assert row["image_movement"] == row["feature_movement"] == 0
+
+
+def test_of_a_distributed_network_the_module_is_asked():
+    """One rank may probe alone: the wrapper's forward is a collective."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = [DistributedDataParallel(m) for m in (image_generator(), classifier())]
+        for network in wrapped:
+            network.register_forward_pre_hook(lambda *_: pytest.fail("the wrapper was asked"))
+        got = DiversityProbe(wrapped[0], latents(), wrapped[1])()
+    finally:
+        dist.destroy_process_group()
+    want = DiversityProbe(image_generator(), latents(), classifier())()
+    assert got["batch_similarity"] == want["batch_similarity"]
 
 
 @given(seeds, st.integers(2, 6))

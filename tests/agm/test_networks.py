@@ -1,5 +1,6 @@
 """frozen_parameters: flags, gradients, and tensors that parametrizations compute."""
 
+import copy
 from contextlib import nullcontext
 
 import torch
@@ -105,3 +106,26 @@ def test_frozen_parametrizations_are_constants_and_come_back():
     with torch.no_grad():
         net[0].parametrizations.weight.original.fill_(3)
     assert (net[0].weight == 1.5).all()
+
+
+def test_a_copy_made_while_frozen_is_parametrized_too():
+    net = parametrized()
+    with frozen_parameters(net):
+        copied = copy.deepcopy(net)
+    with torch.no_grad():
+        copied[0].parametrizations.weight.original.fill_(3)
+    assert (copied[0].weight == 1.5).all()
+
+
+def test_what_is_cached_inside_is_seen_nowhere_else():
+    net = parametrized()
+    with parametrize.cached():
+        with frozen_parameters(net):
+            inside = net[0].weight
+            assert net[0].weight is inside
+        outside = net[0].weight
+        assert outside.requires_grad
+        assert not inside.requires_grad
+        with frozen_parameters(net):
+            assert not net[0].weight.requires_grad
+        assert net[0].weight is outside
