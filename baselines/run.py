@@ -1,6 +1,5 @@
 """A whole run: from a teacher to its quantized network, measured, checkpointed, resumable."""
 
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -205,7 +204,7 @@ def quantize(
         "in_channels": in_channels,
         "precision": trainer.precision,
         "device": trainer.device.type,  # whose random numbers are others
-        "teacher": checkpoint.fingerprint(teacher),
+        "teacher": checkpoint.fingerprint(trainer.teacher),  # its code, too
         "records": records,
         "ranks": ranks.size,
         "hooks": [_described(hook) for hook in trainer.hooks],
@@ -292,7 +291,7 @@ def _python(value: Any) -> Any:
 def _described(hook: Hook) -> str:
     """What tells one hook from another: its own repr, but for addresses in it, or its class."""
     own = type(hook).__repr__ is not object.__repr__
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(hook)) if own else type(hook).__name__
+    return checkpoint.without_addresses(repr(hook)) if own else type(hook).__name__
 
 
 class _Run:

@@ -26,6 +26,8 @@ def _refusal() -> str:
 if _why := _refusal():
     print(f"{Path(sys.argv[0]).name}: error: {_why}", file=sys.stderr)
     raise SystemExit(2)
-if Path(sys.argv[0]).resolve().is_relative_to(Path(__file__).resolve().parent):
+if (_program := Path(sys.argv[0]).resolve()).is_relative_to(Path(__file__).resolve().parent):
+    # Python puts the program's folder first, whose names would hide what a user's network imports.
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != _program.parent]
     # Ctrl-C while the libraries are imported, some seconds, ends a program without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -24,6 +24,7 @@ from PIL import Image
 from torchvision import datasets
 
 from agm import AgmError
+from benchmarks.command_line import path
 from benchmarks.errors import UsageError
 
 LISTS = Path(__file__).parent
@@ -36,8 +37,8 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", choices=SETS)
-    parser.add_argument("--out", type=Path, required=True, help="a folder that is not there yet")
-    parser.add_argument("--root", type=Path, default=Path(".agm-cache"), help="of the download")
+    parser.add_argument("--out", type=path, required=True, help="a folder that is not there yet")
+    parser.add_argument("--root", type=path, default=Path(".agm-cache"), help="of the download")
     args = parser.parse_args(argv)
     try:
         print(f"{write(args.name, args.root, args.out)} images in {args.out}")

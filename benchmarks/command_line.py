@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +29,11 @@ Quantize a network without data, with and without the add-on, and compare:
 """
 
 
+def path(text: str) -> Path:
+    """With the home folder for ``~``, which a shell leaves alone after ``=``."""
+    return Path(os.path.expanduser(text))
+
+
 class Parser(argparse.ArgumentParser):
     """Complains in one line, as of every other mistake."""
 
@@ -46,9 +52,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("what to quantize (defaults are in parentheses)").add_argument
     add("--model", default="digits", metavar="NAME",
         help="(digits), resnet20, efficientnet_lite0, timm:NAME, torchvision:NAME, module:factory")
-    add("--weights", type=Path, metavar="FILE", help="a state_dict, bare or in a checkpoint")
+    add("--weights", type=path, metavar="FILE", help="a state_dict, bare or in a checkpoint")
     add("--pretrained", action="store_true", help="the library's own weights, which it downloads")
-    add("--data", type=Path, metavar="FOLDER",
+    add("--data", type=path, metavar="FOLDER",
         help="ImageFolder to judge on (none: no accuracies)")
     add("--image-size", type=int, metavar="N",
         help="a side (the library's, else 224, or 32; digits 8)")
@@ -56,9 +62,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="shorter side, before a crop (the library's; none)")
     add("--in-channels", type=int, metavar="N", help="(the first convolution's)")
     add("--num-classes", type=int, metavar="N",
-        help="(the weights', --data's; 10, of libraries 1000)")
+        help="(--data's or --pretrained's; 10 or 1000)")
     add("--mean", type=float, nargs="+", metavar="X",
-        help="of its inputs (the library's, or ImageNet's)")
+        help="of inputs (the library's, ImageNet's; grey 0.5)")
     add("--std", type=float, nargs="+", metavar="X", help="likewise")
     add = parser.add_argument_group("how").add_argument
     add("--baseline", nargs="+", default=["gdfq"], choices=[*METHODS, "all"], metavar="M",
@@ -89,7 +95,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="runs side by side, a thread or GPU each (as fit)")
     add("--parallel", choices=["batch"],
         help="under torchrun, ranks share a batch (else runs)")
-    add("--out", type=Path, metavar="FOLDER", help="(runs/MODEL-TIME)")
+    add("--out", type=path, metavar="FOLDER", help="(runs/MODEL-TIME)")
     add("--resume", action="store_true", help="go on in --out with what is not finished")
     add("--checkpoint-every", type=int, default=200, metavar="STEPS", help="(200)")
     add("--debug", action="store_true", help="show tracebacks")

@@ -100,6 +100,8 @@ class Comparison:
             self.jobs = number_of_jobs(args.jobs, len(self.cells), args.device)
         self.recipes: dict[str, Recipe] = {}
         self.precision = self.args.precision
+        self.network_hash = ""
+        self.made_by = provenance(args.device)  # at the start: the commit may change meanwhile
         self.stop: Callable[[], bool] = Stop()
         self.policies = self._check()
 
@@ -110,6 +112,7 @@ class Comparison:
             # The pass that decodes them all, and names a damaged one.
             self.full_precision = _accuracies("fp", self.task.figures(self.task.teacher))
         self.ranks.first(partial(report.write_json, self.out / "settings.json", self._settings()))
+        self.check_settings()
         todo = [cell for cell in self.cells if cell["name"] not in rows]
         if self.ranks.rank == 0:
             self._announce(len(rows))
@@ -203,6 +206,7 @@ class Comparison:
                 policies[weight_bits, act_bits] = str(trainer.policy)
                 self.recipes[method] = trainer.recipe
                 self.precision = trainer.precision
+                self.network_hash = fingerprint(trainer.teacher)
         return policies
 
     def _claim_folder(self) -> dict[str, Cell]:
@@ -225,13 +229,8 @@ class Comparison:
         now = self._settings()
         before = _read_json(known) if known.exists() else now
         if before != now:
-            other = [
-                k if k == "constants" else f"{k} {before.get(k)!r} there, {now.get(k)!r} now"
-                for k in before | now
-                if before.get(k) != now.get(k)
-            ]
             raise UsageError(
-                f"{self.out} was made with other settings ({'; '.join(other)}); repeat its "
+                f"{self.out} was made with other settings ({_differing(before, now)}); repeat its "
                 "command, or choose another --out"
             )
         for name in [*(cell["name"] for cell in self.cells), "report", "settings"]:
@@ -247,6 +246,7 @@ class Comparison:
             {
                 "model": self.args.model,
                 "teacher_hash": fingerprint(self.task.teacher),
+                "network_hash": self.network_hash,  # of its code, too
                 "data_hash": None if self.task.images is None else self.task.images.hash,
                 "image_size": self.task.inputs.image_size,
                 "inputs": str(self.task.inputs),
@@ -257,6 +257,16 @@ class Comparison:
             | training(self.args)
             | {"precision": self.precision}
         )
+
+    def check_settings(self) -> None:
+        """Refuse to share the runs of a process that has another network, or other images."""
+        first, own = _read_json(self.out / "settings.json"), self._settings()
+        if first != own:
+            raise UsageError(
+                f"this process has other settings than the first ({_differing(first, own)}): the "
+                "model's weights or the images changed meanwhile, or are others on this machine, "
+                "or made anew by each process; give files that stay, and start anew"
+            )
 
     def _finished(self, cell: Cell) -> Cell | None:
         """The row of a cell that an earlier run completed; None if anything of it is damaged."""
@@ -369,6 +379,7 @@ class Comparison:
             "recipe": asdict(result.recipe),
             "policy": str(result.policy),
             "history": result.history,
+            **self.made_by,
         }
         report.write_json(stem.with_suffix(".json"), row)
         for leftover in self.out.glob(f"{cell['name']}.run*"):
@@ -401,8 +412,8 @@ class Comparison:
             "evaluation_images": 0 if self.task.images is None else len(self.task.images),
             "table": text,
             "cells": rows,
+            **self.made_by,  # this command; each cell names what trained it
         }
-        content |= provenance(self.args.device)
         report.write_json(self.out / "report.json", content)
         done = [row["name"] for row in rows if row["error"] is None]
         images = {name: np.load(self.out / f"{name}.npy") / 255 for name in done}
@@ -416,11 +427,12 @@ class Comparison:
     def _command(self) -> str:
         """What reproduces this run, in a folder of its own."""
         given = [a for a in self.args.argv if a != "--resume" and not a.startswith("--out=")]
-        if "--out" in given:
+        while "--out" in given:
             place = given.index("--out")
             del given[place : place + 2]
         start = ["torchrun", f"--nproc-per-node={self.ranks.size}"] if self.args.parallel else []
-        return shlex.join([*(start or ["python"]), "benchmarks/compare.py", *given])
+        called = sys.argv[0] if Path(sys.argv[0]).name == PROGRAM else f"benchmarks/{PROGRAM}"
+        return shlex.join([*(start or ["python"]), called, *given])
 
 
 def in_job(
@@ -435,11 +447,18 @@ def in_job(
     if args.device == "cuda":
         torch.cuda.set_device(job % torch.cuda.device_count())
     comparison = Comparison(args, load_task(args), out)
-    if comparison._settings() != _read_json(out / "settings.json"):
-        raise UsageError("the model's weights or the images changed meanwhile; start anew")
+    comparison.check_settings()
     comparison.full_precision = full_precision
     comparison.stop = stop
     return comparison.run_cell
+
+
+def _differing(there: dict[str, Any], now: dict[str, Any]) -> str:
+    return "; ".join(
+        k if k == "constants" else f"{k} {there.get(k)!r} there, {now.get(k)!r} now"
+        for k in there | now
+        if there.get(k) != now.get(k)
+    )
 
 
 def _outcome(row: Cell) -> str:
@@ -523,8 +542,10 @@ if __name__ == "__main__":
     from benchmarks.compare import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):  # some write no arrows
-        stream.reconfigure(errors="replace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the whole program
+        getattr(sys, name).reconfigure(errors="replace")  # some write no arrows
     status = main()
     if torch.distributed.is_torchelastic_launched():
         # gloo's threads may outlive their group, and an interpreter torn down under them aborts.

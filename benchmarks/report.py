@@ -43,7 +43,10 @@ CURVES = {
     ),
 }
 # Of the arms, where colours tell methods and bit widths apart.
-DASHES = {"none": ":", "loss": "-.", "interpolation": "--", "both": "-", "real": (0, (1, 4))}
+LINES: dict[str, dict[str, Any]] = {
+    "none": {"ls": ":"}, "loss": {"ls": "-."}, "interpolation": {"ls": "--"}, "both": {"ls": "-"},
+    "real": {"ls": (0, (1, 4)), "marker": "x", "ms": 4},
+}  # fmt: skip
 
 
 def mean_std(values: Sequence[float]) -> str:
@@ -235,8 +238,7 @@ def plot_curves(
         if not steps:
             continue
         values = by * values
-        label_of_arm = name + ARM_NAMES[arm] + " (on the proof half)" * (arm == "real")
-        style = {"marker": ".", "label": label_of_arm} | (styles or {}).get(arm, {})
+        style = {"marker": ".", "label": name + ARM_NAMES[arm]} | (styles or {}).get(arm, {})
         (line,) = axis.plot(steps, values.mean(0), **style)
         low, high = values.min(0), values.max(0)
         axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
@@ -265,11 +267,14 @@ def picture(
     figure = plt.figure(figsize=(14, 8.2), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1.1))
     axes = above.subplots(1, len(CURVES))
+    colours = [f"C{i}" for i in range(10)]
+    if len(found) > len(colours):
+        colours = plt.get_cmap("turbo")(np.linspace(0, 1, len(found)))
     for axis, (key, (head, label)) in zip(axes, CURVES.items(), strict=True):
         for place, ((method, weight_bits, act_bits), arms) in enumerate(found.items()):
             name, styles = f"{method} W{weight_bits}A{act_bits} ", {}
             if len(found) > 1:
-                styles = {arm: {"color": f"C{place % 10}", "ls": DASHES[arm]} for arm in arms}
+                styles = {arm: {"color": colours[place], **LINES[arm]} for arm in arms}
             plot_curves(axis, arms, key, label, name=name, styles=styles)
         axis.set_title(head, fontsize=11)
     fp = [c["accuracy_fp"] for c in cells if c.get("accuracy_fp")]
@@ -279,8 +284,15 @@ def picture(
         axes[0].text(0.5, 0.5, "n/a, no evaluation images", ha="center")
         axes[0].set(xticks=[], yticks=[])
     lines = {line.get_label(): line for axis in axes for line in axis.lines}
-    if lines:
-        above.legend(handles=list(lines.values()), loc="outside lower center", ncols=6, fontsize=9)
+    for ncols in range(6, 0, -1) if lines else ():  # as many as fit
+        legend = above.legend(
+            handles=list(lines.values()), loc="outside lower center", ncols=ncols, fontsize=9
+        )
+        figure.draw_without_rendering()
+        if legend.get_window_extent().width < figure.bbox.width:
+            break
+        legend.remove()
+        above.legends.clear()
 
     (method, weight_bits, act_bits), arms = next(iter(found.items()))
     drawn = {arm: c for arm, runs in arms.items() for c in reversed(runs) if c["name"] in images}
@@ -289,7 +301,9 @@ def picture(
     for axis in axes:
         axis.axis("off")
     for axis, (arm, cell) in zip(axes, drawn.items(), strict=False):
-        axis.imshow(mosaic(images[cell["name"]]), cmap="gray", interpolation="nearest")
+        axis.imshow(
+            mosaic(images[cell["name"]]), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
+        )
         name = f"{method} W{weight_bits}A{act_bits} {ARM_NAMES[arm]}, seed {cell['seed']}"
         axis.set_title(f"Generated images: {name}", fontsize=11)
     figure.suptitle(f"{title}: mean and range over seeds", fontsize=12)

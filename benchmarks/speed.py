@@ -11,6 +11,7 @@ this project's own float32 path: eager, contiguous, formulas as they read, no fo
 import argparse
 import contextlib
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -87,7 +88,7 @@ def make(args: argparse.Namespace, method: str, arm: str, *, plain: bool) -> Tra
             precision="fp32" if plain else args.precision,
         )
     with observing(trainer.student), torch.no_grad():
-        trainer.student(trainer.sample_images(args.batch_size or recipe.batch_size))
+        trainer.student(trainer.sample_images(recipe.batch_size))
     trainer.step_count = recipe.warmup_steps
     return trainer
 
@@ -400,7 +401,7 @@ def main() -> int:
         else:
             results = {method: profile(args, method) for method in args.baseline}
         if args.out:
-            command = "python benchmarks/speed.py " + " ".join(args.argv)
+            command = shlex.join(["python", "benchmarks/speed.py", *args.argv])
             report.write_json(args.out, {"command": command, "methods": results} | made)
     except AgmError as error:
         print(f"speed.py: error: {error}", file=sys.stderr)

@@ -289,8 +289,12 @@ def load_matching(model: nn.Module, state: dict[str, Any], source: str) -> None:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """16 hex digits of a SHA-256 over the names, dtypes, shapes and bytes of the state dict."""
+    """16 hex digits of a SHA-256 over the names, dtypes, shapes and bytes of the state dict, and of
+    a traced network over its layers and its code.
+    """
     digest = hashlib.sha256()
+    if isinstance(module, fx.GraphModule):
+        digest.update(without_addresses(str(module)).encode())
     for name, tensor in sorted(module.state_dict().items()):
         if not isinstance(tensor, Tensor):  # an extra state
             digest.update(f"{name} {tensor!r}\n".encode())
@@ -298,6 +302,11 @@ def fingerprint(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def without_addresses(text: str) -> str:
+    """A repr without what changes from process to process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
 
 
 def sync(file: IO[bytes]) -> None:

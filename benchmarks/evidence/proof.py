@@ -33,6 +33,7 @@ from benchmarks.evidence import graphed
 from benchmarks.process import locked
 
 RESULTS = Path(__file__).parent / "results" / "proof"
+SOURCE = ("command", "settings", "versions", "machine")  # of a cell
 FIRST_SEED = 100  # the search used the seeds below
 ROOM = "--with-agm --with-real"
 PARTS = "--with-agm loss interpolation"
@@ -128,15 +129,16 @@ def merge(grid: str, arguments: str, content: dict[str, Any]) -> None:
         there = present(setting(arguments))
         known = json.loads(path.read_text()) if path.exists() else {"arguments": arguments}
         known["arguments"] = arguments
-        source = {key: content[key] for key in ("command", "settings", "versions", "machine")}
         sources = known.setdefault("sources", [])
-        if source not in sources:
-            sources.append(source)
         changed = {} if arguments.startswith(CIFAR10) else {"history": []}
         cells = {cell["name"]: cell for cell in known.get("cells", [])}
         for cell in content["cells"]:
             if cell["error"] is None and cell["name"] not in there:
-                row = {k: v for k, v in cell.items() if k != "policy"} | changed
+                source = {key: (content | cell)[key] for key in SOURCE}  # a cell's own first
+                if source not in sources:
+                    sources.append(source)
+                left_out = ("policy", *SOURCE)
+                row = {k: v for k, v in cell.items() if k not in left_out} | changed
                 cells[cell["name"]] = row | {"source": sources.index(source)}
         used = sorted({cell["source"] for cell in cells.values()})
         known["sources"] = [sources[i] for i in used]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -86,7 +87,7 @@ def image_folder(
             class folders is not ``num_classes``; a file is not a readable image, which the first
             pass over the images says where the header is whole.
     """
-    path = os.fspath(path)
+    path = os.path.abspath(path)  # torchvision would take a folder ~ for the home
     names = class_names(path)
     if num_classes is not None and len(names) != num_classes:
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
@@ -103,7 +104,11 @@ def image_folder(
         )
     listed = []
     for file, _ in folder.samples:
-        with _reading(file), Image.open(file, formats=_FORMATS):
+        with _reading(file):
+            if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would be waited for
+                raise OSError("it is no file")
+            with Image.open(file, formats=_FORMATS):
+                pass
             listed.append(f"{os.path.relpath(file, path)}\0{os.path.getsize(file)}\n")
     identity = "".join(listed).encode(errors="surrogateescape")
     return Images(folder, torch.tensor(folder.targets), inputs, identity=identity)
@@ -127,6 +132,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 
     Transparency is dropped, as by torchvision's loader: the colours are those underneath.
     """
+    if image.mode.startswith("I;16"):
+        _check_levels(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         grey = np.asarray(image).astype(np.int64)
         image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))  # 65535 = 257 * 255
@@ -136,6 +143,17 @@ def _rgb(image: Image.Image) -> Image.Image:
             "says which values are black and white; save it with 8 or 16 bits"
         )
     return image.convert("RGB")
+
+
+def _check_levels(image: Image.Image) -> None:
+    """Raise :class:`DataError` for a TIFF whose levels are not 0, black, to 65535, white."""
+    tags = getattr(image, "tag_v2", {})
+    bits, black_is_zero = tags.get(258, (16,))[0], tags.get(262, 1) == 1
+    if bits != 16 or not black_is_zero:
+        raise DataError(
+            f"{image.filename!r} has {bits} bits a pixel{'' if black_is_zero else ', 0 is white'}: "
+            "save it with 8 bits, or with 16 and 0 as black"
+        )
 
 
 def _read(file: str, inputs: Inputs) -> Tensor:

@@ -120,7 +120,7 @@ def load_task(args: argparse.Namespace) -> Task:
     size = inputs.image_size
     try:
         with torch.no_grad():
-            logits = teacher(torch.zeros(2, channels, size, size))
+            logits = teacher(torch.zeros(2, channels, size, size, dtype=torch.float32))
     except Exception as error:  # the user's network may raise anything
         raise UsageError(
             f"the model does not take {channels}x{size}x{size} images ({error}); set --image-size "

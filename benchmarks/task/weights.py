@@ -151,7 +151,9 @@ def _chosen(loaded: Mapping[str, Any], whole: dict[str, Mapping[str, Tensor]], p
 
 
 def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(
+        a[k].layout == b[k].layout and torch.equal(a[k], b[k]) for k in a
+    )
 
 
 def _without_prefixes(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

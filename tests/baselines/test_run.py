@@ -385,6 +385,13 @@ def test_a_stop_after_the_last_step_is_the_end():
     assert same_result(run(stop=StopAfter(STEPS)), run())
 
 
+class Doubled(Tiny):
+    """Of Tiny's weights, another network."""
+
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
 OTHER_RUNS = {
     "method": {"method": "adadfq"},
     "same generator": {"method": "qimera"},
@@ -401,6 +408,7 @@ OTHER_RUNS = {
     "teacher's weights": {"teacher": Tiny(seed=1)},
     "teacher's classes": {"teacher": Tiny(classes=5)},
     "teacher's width": {"teacher": Tiny(width=5)},
+    "teacher's forward": {"teacher": Doubled()},
     "hooks": {"hooks": [AGM()]},
     "records": {"records": 3},
     "evaluations": {"eval_every": 3},

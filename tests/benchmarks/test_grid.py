@@ -285,7 +285,7 @@ def test_jobs_give_what_one_after_the_other_gives(home):
     output(start(home, *argv, "one", "--jobs", "1"), 0, home)
     text = output(start(home, *argv, "two", LOKY_MAX_CPU_COUNT="2"), 0, home)
     assert same_runs(home, "one", "two")
-    assert "Reproduce: python benchmarks/compare.py" in text
+    assert f"Reproduce: python {SCRIPT}" in text
     lines = (home / "stderr").read_text().splitlines()
     ended = [
         re.match(r"\[(\d)/4\] (gdfq-w3a3-\w+-seed\d): .* after \d+ s$", line) for line in lines
@@ -324,7 +324,7 @@ def test_a_stopped_grid_goes_on_as_if_nothing_had_happened(number, home, whole):
         err = (home / "stderr").read_text()
         assert len(re.findall(rf"^gdfq-\S+: stopped after step \d+ of {STEPS}$", err, re.M)) == 2
         assert "Traceback" not in err
-        assert err.splitlines()[-1].startswith("go on with: python benchmarks/compare.py")
+        assert err.splitlines()[-1].startswith(f"go on with: python {SCRIPT}")
     output(start(home, *argv, "--resume"), 0, home)
     assert same_runs(home, whole, name)
 
@@ -360,4 +360,5 @@ def test_a_mistake_in_a_job_is_told_in_a_line(home):
     settings.write_text(json.dumps(content | {"teacher_hash": "another"}))
     output(child, 2, home)
     last = (home / "stderr").read_text().splitlines()[-1]
-    assert last.startswith("compare.py: error: the model's weights or the images changed")
+    assert last.startswith("compare.py: error: this process has other settings than the first")
+    assert "teacher_hash 'another' there" in last

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from PIL import Image
 from scipy import stats
 
@@ -346,6 +347,31 @@ def test_five_panels_for_any_grid(drawn):
     assert titles[3:] == [f"{name}baseline, seed 0", f"{name}+AGM, seed 0"]
     for axis in figure.axes[1:3]:
         assert len({(line.get_color(), line.get_linestyle()) for line in axis.lines}) == 18
+
+
+@pytest.mark.parametrize("arms", [("none", "both"), ("none", "both", "real"), report.ARMS])
+@pytest.mark.parametrize("widths", [(2,), (2, 3), (2, 3, 4, 8)])
+def test_a_legend_names_all_lines_inside_the_picture(drawn, arms, widths):
+    methods = ("gdfq", "qimera", "adadfq")
+    figure = drawn([
+        cell(arm, 0, name=f"{method}-{bits}-{arm}", method=method, weight_bits=bits, act_bits=bits)
+        for method in methods for bits in widths for arm in arms
+    ])  # fmt: skip
+    (legend,) = figure.subfigs[0].legends
+    figure.draw_without_rendering()
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+    assert len(legend.get_texts()) == len(methods) * len(widths) * len(arms) + 1
+    lines = figure.axes[1].lines
+    styles = {(to_hex(line.get_color()), line.get_linestyle(), line.get_marker()) for line in lines}
+    assert len(styles) == len(lines)
+
+
+def test_grey_images_are_drawn_from_black_to_white(drawn):
+    """Each of two mosaics stretched to its own range could not be compared with the other."""
+    figure = drawn([cell("none", 0), cell("both", 0)], [cell("none", 0)["name"]])
+    (image,) = figure.axes[3].images
+    assert image.get_clim() == (0, 1)
 
 
 def test_movement_is_drawn_in_the_tables_unit(drawn):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.compare import complaint, load
-from tests.benchmarks.test_grid import LONG, SCRIPT, STEPS, output, same_runs, start, until
+from tests.benchmarks.test_grid import LONG, SCRIPT, SHORT, STEPS, output, same_runs, start, until
 from tests.benchmarks.test_grid import home as home
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
@@ -90,7 +90,7 @@ def test_ranks_that_share_each_batch(home):
     argv = ("--bits", "3", "--batch-size", "8", "--seeds", "1", "--steps", "60", "--with-agm")
     argv += ("--checkpoint-every", "3", "--parallel", "batch", "--out")
     text = output(torchrun(home, 2, *argv, "batch"), 0, home)
-    command = "Reproduce: torchrun --nproc-per-node=2 benchmarks/compare.py"
+    command = f"Reproduce: torchrun --nproc-per-node=2 {SCRIPT}"
     assert text.splitlines()[-1].startswith(command)
     assert load(home / "batch")["settings"]["ranks"] == 2
     child = torchrun(home, 2, *argv, "stopped")
@@ -117,6 +117,18 @@ def test_mistakes_under_torchrun(home, argv, message):
     err = (home / "stderr").read_text()
     assert re.search(rf"^compare.py: error: .*{message}", err, re.M)
     assert not (home / "wrong" / "settings.json").exists()
+
+
+@pytest.mark.parametrize("more", [(), ("--parallel", "batch")], ids=["runs", "batches"])
+def test_ranks_with_different_networks_are_a_mistake(home, more):
+    (home / "drawn.py").write_text(
+        "import os, torch\nfrom tests.benchmarks.compare import NETS\nexec(NETS)\n"
+        "def make():\n    torch.manual_seed(int(os.environ['RANK']))\n    return cnn()\n"
+    )
+    argv = (*SHORT, "--model", "drawn:make", "--out", f"drawn{len(more)}", *more)
+    output(torchrun(home, 2, *argv), 1, home)
+    line = r"^compare.py: error: this process has other settings .*teacher_hash.*made anew by each"
+    assert re.search(line, (home / "stderr").read_text(), re.M)
 
 
 def test_parallel_without_torchrun():

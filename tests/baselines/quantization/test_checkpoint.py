@@ -512,6 +512,24 @@ def test_the_hash_ignores_the_memory_format():
     assert fingerprint(model.to(memory_format=torch.channels_last)) == before
 
 
+def test_the_fingerprint_of_a_traced_network_is_of_its_code_too():
+    class Doubled(Tiny):
+        def forward(self, x):
+            return super().forward(2 * x)
+
+    class Capped(Tiny):
+        def forward(self, x):
+            return super().forward(x).clamp(max=9)
+
+    found = [fingerprint(traced(kind(), (3, 8, 8))) for kind in (Tiny, Tiny, Doubled, Capped)]
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+    layers = nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4)
+    relus = [nn.Sequential(*layers, relu, nn.Flatten()) for relu in (nn.ReLU(), nn.ReLU6())]
+    one, other = (fingerprint(traced(network, (3, 8, 8))) for network in relus)
+    assert one != other
+
+
 # Kills
 
 SAVING_LOOP = """

@@ -123,7 +123,9 @@ def load(out: Path | str) -> dict:
 
 
 def untimed(cells: Sequence[dict]) -> list[dict]:
-    return [{k: v for k, v in c.items() if k not in ("seconds", "steps_per_s")} for c in cells]
+    """Without what two equal runs may differ in: the commit of a tree under work is one of them."""
+    left_out = ("seconds", "steps_per_s", "versions")
+    return [{k: v for k, v in c.items() if k not in left_out} for c in cells]
 
 
 def same_networks(a: Path, b: Path, names: Sequence[str]) -> bool:

@@ -26,6 +26,7 @@ from benchmarks import compare
 from tests.benchmarks.compare import (
     BRIEF,
     BRIEF3,
+    NETS,
     REQUIRED,
     SCRIPT,
     call,
@@ -75,6 +76,42 @@ def test_results_of_other_settings_are_not_mixed(copied, change):
 def test_results_of_another_machines_precision_are_not_mixed(copied, monkeypatch):
     monkeypatch.setattr(trainer, "resolve_precision", lambda *_: PRECISION)
     assert f", {PRECISION!r} now" in complaint(*copied[1], "--resume")
+
+
+TIMES = """
+class Times(nn.Sequential):
+    def forward(self, x):
+        return super().forward({factor} * x)
+
+def times():
+    torch.manual_seed(0)
+    return Times(*cnn())
+"""
+
+
+def test_results_of_another_network_with_the_same_weights_are_not_mixed(home, monkeypatch):
+    argv = (*BRIEF3, "--model", "nets:times", "--out", "run")
+    (home / "nets.py").write_text(NETS + TIMES.format(factor=1))
+    ok(*argv)
+    before = files(home / "run")
+    (home / "nets.py").write_text(NETS + TIMES.format(factor=2.5))
+    monkeypatch.delitem(sys.modules, "nets")
+    line = complaint(*argv, "--resume")
+    assert "other settings (network_hash" in line
+    assert "teacher_hash" not in line
+    assert files(home / "run") == before
+
+
+def test_each_cell_names_what_trained_it(copied, monkeypatch):
+    out, argv = copied
+    before = {c["name"]: c["versions"] for c in load(out)["cells"]}
+    later = {"versions": {"commit": "later"}, "machine": {}}
+    monkeypatch.setattr(compare, "provenance", lambda _: later)
+    ok(*argv, "--seeds", 3, "--resume")
+    after = {c["name"]: c["versions"] for c in load(out)["cells"]}
+    new = after.keys() - before.keys()
+    assert len(new) == 2
+    assert after == before | {name: {"commit": "later"} for name in new}
 
 
 def test_resuming_a_finished_run_does_nothing(copied, monkeypatch):
@@ -299,7 +336,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(method, number, unbrok
         assert "Traceback" not in err
         assert "baseline" in text  # what is finished is reported
         command = err.splitlines()[-1].partition("go on with: ")[2]
-        assert shlex.split(command)[1:] == ["benchmarks/compare.py", *argv]
+        assert shlex.split(command)[1:] == [str(SCRIPT), *argv]
     if number == signal.SIGTERM:  # and the newest checkpoint is damaged on top of it
         newest = out / f"{cell}.run"
         newest.write_bytes(newest.read_bytes()[:-1] + b"?")

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -191,6 +192,44 @@ def test_a_terminal_without_arrows(copied):
     assert run.returncode == 0, run.stderr
     assert "movement % ?" in run.stdout
     assert "Reproduce: " in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("closed", "more", "status"), [(">&-", "", 0), ("2>&-", "", 0), ("2>&-", "--steps 0", 2)]
+)
+def test_a_closed_stream(home, closed, more, status):
+    command = f"{sys.executable} {SCRIPT} {shlex.join(BRIEF3)} --out run {more} {closed}"
+    run = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert run.returncode == status
+    assert "Error" not in run.stderr
+    assert (home / "run" / "report.json").exists() == (status == 0)
+
+
+def test_the_programs_own_modules_hide_none_that_a_network_imports(home):
+    (home / "libraries" / "progress").mkdir(parents=True)
+    (home / "libraries" / "progress" / "bar.py").write_text("from nets import cnn")
+    (home / "theirs.py").write_text("from progress.bar import cnn")
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), *BRIEF3, "--model", "theirs:cnn", "--out", "run"],
+        env=os.environ | {"PYTHONPATH": str(home / "libraries")}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_home_folder_after_an_equals_sign(home, monkeypatch):
+    monkeypatch.setenv("HOME", str(home / "own"))
+    ok(*BRIEF3, "--out=~/run")
+    assert (home / "own" / "run" / "report.json").exists()
+    assert not (home / "~").exists()
+
+
+def test_a_network_whose_module_sets_a_default_dtype(home):
+    text = "torch.set_default_dtype(torch.float64)\ndef narrow():\n    return cnn().float()\n"
+    (home / "nets.py").write_text(NETS + text)
+    try:
+        ok(*BRIEF3, "--model", "nets:narrow", "--out", "run")
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_images_of_two_channels(home):

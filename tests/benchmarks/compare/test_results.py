@@ -102,6 +102,12 @@ def test_what_is_printed(finished):
     assert text.splitlines()[-1] == f"Reproduce: {command}"
 
 
+def test_the_printed_command_takes_no_output_folder(home):
+    text = ok(*BRIEF3, "--out", "a", "--out=b", "--out", "c")
+    want = shlex.join(["python", "benchmarks/compare.py", *BRIEF3])
+    assert text.splitlines()[-1] == f"Reproduce: {want}"
+
+
 @pytest.mark.usefixtures("exports")
 def test_the_printed_command_reproduces_the_run(finished, home):
     python, script, *argv = shlex.split(load(finished[0])["command"])

@@ -80,8 +80,8 @@ def test_what_is_there_stays_beside_what_a_later_commit_adds(queue, tmp_path):
     (first,) = cells(tmp_path, "b").values()
     (path,) = (tmp_path / "runs").glob("*/report.json")
     report = json.loads(path.read_text())
-    report["versions"]["commit"] = "later"
-    report["cells"].append(report["cells"][0] | {"name": "another", "seed": 7})
+    later = {"versions": report["versions"] | {"commit": "later"}}
+    report["cells"].append(report["cells"][0] | {"name": "another", "seed": 7} | later)
     report["cells"][0]["accuracy_last"] = -1.0  # trained again, as its folder was gone
     proof.merge("b", GRIDS["b"][0], report)
     again, another = (cells(tmp_path, "b")[name] for name in (first["name"], "another"))

@@ -1,6 +1,8 @@
 import multiprocessing
+import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +163,40 @@ def test_a_range_that_nothing_tells_is_refused_by_name(tmp_path, dtype):
     (tmp_path / "a").mkdir()
     square([0, 1, 2, 70000], dtype=dtype).save(tmp_path / "a" / "1.tiff")
     fails(tmp_path, "1.tiff", "32 bits a pixel", "8 or 16 bits")
+
+
+@pytest.mark.parametrize(
+    ("tags", "why"), [({258: 12}, "12 bits a pixel"), ({262: 0}, "16 bits a pixel, 0 is white")]
+)
+def test_sixteen_bits_of_other_levels_are_refused_by_name(tmp_path, tags, why):
+    (tmp_path / "a").mkdir()
+    path = tmp_path / "a" / "1.tiff"
+    square([0, 300, 4095, 4095], dtype=np.uint16).save(path)
+    patch_tags(path, tags)
+    fails(tmp_path, "1.tiff", why, "16 and 0 as black")
+
+
+def patch_tags(path, tags):
+    """Change values of a TIFF's one directory, as Pillow itself writes neither of them."""
+    data = bytearray(path.read_bytes())
+    (start,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, start)
+    for place in range(start + 2, start + 2 + 12 * count, 12):
+        (tag,) = struct.unpack_from("<H", data, place)
+        if tag in tags:
+            struct.pack_into("<H", data, place + 8, tags[tag])
+    path.write_bytes(data)
+
+
+def test_a_pipe_is_no_image(folder):
+    os.mkfifo(folder / "ant" / "pipe")
+    fails(folder, "pipe", "no file")
+
+
+def test_a_folder_named_as_a_home_is_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(Path("~") / "a" / "1.png")
+    assert len(load("~")[0]) == 1
 
 
 # As torchvision's loader reads them: https://docs.pytorch.org/vision/stable/datasets.html

@@ -354,6 +354,12 @@ def test_an_average_that_is_no_state_dict_is_left_and_a_line_says_so(tmp_path, c
     assert line.endswith("took the weights, 'state_dict' (it also holds 'ema')")
 
 
+def test_sparse_weights_beside_dense_ones_are_others(tmp_path):
+    sparse = {k: v.to_sparse() for k, v in STATE.items()}
+    torch.save({"state_dict": sparse, "model": STATE}, tmp_path / "w.pt")
+    fails(load_weights, digits_cnn(), tmp_path / "w.pt", parts=("different weights",))
+
+
 @pytest.mark.parametrize(
     "keys", [("state_dict", "model"), ("model", "model_state_dict"), ("ema", "model_ema")]
 )
