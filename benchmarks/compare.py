@@ -102,7 +102,7 @@ class Comparison:
         self.precision = self.args.precision
         self.network_hash = ""
         self.made_by = provenance(args.device)  # at the start: the commit may change meanwhile
-        self.stop: Callable[[], bool] = Stop()
+        self.stop: Callable[[], bool]
         self.policies = self._check()
 
     def run(self) -> int:
@@ -116,8 +116,7 @@ class Comparison:
         todo = [cell for cell in self.cells if cell["name"] not in rows]
         if self.ranks.rank == 0:
             self._announce(len(rows))
-        stop = Stop()
-        self.stop = stop
+        self.stop = stop = Stop()
         shown = progress.OfGrid(len(self.cells), len(rows), quiet=self.ranks.rank > 0)
         with stop.listening(), contextlib.closing(shown):
             for cell, end in self._ends(todo, shown):
