@@ -309,7 +309,7 @@ def drawn(monkeypatch, tmp_path):
     def draw(cells, names=()):
         found = []
         monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: found.append(self))
-        images = dict.fromkeys(names, np.zeros((64, 8, 8, 1)))
+        images = dict.fromkeys(names, np.full((64, 8, 8, 1), 0.5))
         report.picture(cells, images, tmp_path / "report.png", title="")
         return found[0]
 
