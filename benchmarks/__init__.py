@@ -1,5 +1,6 @@
 """What a person runs. A program imports this first, which ends it where something is missing."""
 
+import os
 import signal
 import sys
 from importlib.util import find_spec
@@ -29,5 +30,9 @@ if _why := _refusal():
 if (_program := Path(sys.argv[0]).resolve()).is_relative_to(Path(__file__).resolve().parent):
     # Python puts the program's folder first, whose names would hide what a user's network imports.
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != _program.parent]
+    for _name in ("stdout", "stderr"):
+        if getattr(sys, _name) is None:  # closed
+            setattr(sys, _name, open(os.devnull, "w"))  # noqa: SIM115 - for the whole program
+        getattr(sys, _name).reconfigure(errors="replace")  # some write no arrows
     # Ctrl-C while the libraries are imported, some seconds, ends a program without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)

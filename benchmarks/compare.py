@@ -541,10 +541,6 @@ if __name__ == "__main__":
     from benchmarks.compare import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the whole program
-        getattr(sys, name).reconfigure(errors="replace")  # some write no arrows
     status = main()
     if torch.distributed.is_torchelastic_launched():
         # gloo's threads may outlive their group, and an interpreter torn down under them aborts.

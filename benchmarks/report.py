@@ -292,7 +292,6 @@ def picture(
         if legend.get_window_extent().width < figure.bbox.width:
             break
         legend.remove()
-        above.legends.clear()
 
     (method, weight_bits, act_bits), arms = next(iter(found.items()))
     drawn = {arm: c for arm, runs in arms.items() for c in reversed(runs) if c["name"] in images}

@@ -47,7 +47,7 @@ from baselines.training.bn_stats import batch_norm_statistics
 from baselines.training.checks import resolve_device
 from baselines.training.parallel import bytes_per_step
 from baselines.training.trainer import Trainer
-from benchmarks import report
+from benchmarks import command_line, report
 from benchmarks.errors import UsageError
 from benchmarks.plain import plain_formulas
 from benchmarks.provenance import provenance
@@ -366,7 +366,9 @@ def main() -> int:
     )
     parser.add_argument("--baseline", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--model", default="resnet20")
-    parser.add_argument("--weights", type=Path, help="default: random ones, as fast as trained")
+    parser.add_argument(
+        "--weights", type=command_line.path, help="default: random ones, as fast as trained"
+    )
     parser.add_argument("--num-classes", type=int, default=10)
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--bits", type=int, default=3)
@@ -375,7 +377,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, help="JSON of all figures")
+    parser.add_argument("--out", type=command_line.path, help="JSON of all figures")
     parser.add_argument("--deployed", action="store_true", help="time the exported files instead")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -115,8 +115,8 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="All other options are compare.py's.",
     )  # fmt: skip
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("runs", nargs="+", type=command_line.path)
+    parser.add_argument("--out", type=command_line.path, required=True)
     own, rest = parser.parse_known_args(argv)
     try:
         torch.set_num_threads(1)

@@ -43,7 +43,7 @@ def main(
         prog=program, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="All other options are compare.py's; one width is taken.",
     )  # fmt: skip
-    parser.add_argument("--records", type=Path, default=records)
+    parser.add_argument("--records", type=command_line.path, default=records)
     parser.add_argument("--arms", nargs="+", choices=arms, default=list(arms), metavar="ARM",
                         help=f"default: all of {'; '.join(arms)}")  # fmt: skip
     own, rest = parser.parse_known_args(argv)

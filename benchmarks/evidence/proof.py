@@ -209,10 +209,10 @@ def main(argv: list[str]) -> int:
     for name, files in (
         ("cifar10", ("WEIGHTS", "DATA")), ("cifar100", ("WEIGHTS", "DATA")), ("imagenet", ("DATA",))
     ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=Path, nargs=len(files), metavar=files)
+        parser.add_argument(f"--{name}", type=command_line.path, nargs=len(files), metavar=files)
     parser.add_argument("--grids", nargs="+", choices=GRIDS, default=list(GRIDS), metavar="GRID",
                         help=f"default: all of {', '.join(GRIDS)}")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("runs/proof"))
+    parser.add_argument("--out", type=command_line.path, default=Path("runs/proof"))
     parser.add_argument("--graphed", action="store_true",
                         help="on a GPU, by graphed.py in place of compare.py")  # fmt: skip
     args = parser.parse_args(argv)

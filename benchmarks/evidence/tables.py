@@ -71,6 +71,11 @@ POOLED = {
     "ResNet-20, default length, GDFQ at W2A2, W4A4 and CIFAR-100's W3A3": (
         "ResNet-20 W2A2 GDFQ", "ResNet-20 W4A4 GDFQ", "ResNet-20, CIFAR-100, W3A3 GDFQ",
     ),
+    "ResNet-20, CIFAR-100, 1,200 steps, W2A2, together, against each baseline's better length": (
+        "ResNet-20, CIFAR-100, 1,200 steps, equal time, W2A2 GDFQ",
+        "ResNet-20, CIFAR-100, 1,200 steps, equal time, W2A2 Qimera",
+        "ResNet-20, CIFAR-100, 1,200 steps, W2A2 AdaDFQ",
+    ),
 }  # fmt: skip
 # Seeds whose number was fixed before any of them was looked at, and to which none were added.
 FIXED_BEFORE = {

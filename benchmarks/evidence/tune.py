@@ -61,7 +61,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--ceiling", action="store_true", help="real images for the student")
     parser.add_argument("--set", nargs="*", default=[], dest="pairs", metavar="OWNER.KEY=VALUE")
     parser.add_argument(
-        "--records", type=Path, default=Path("benchmarks/evidence/results/tuning.jsonl")
+        "--records",
+        type=command_line.path,
+        default=Path("benchmarks/evidence/results/tuning.jsonl"),
     )
     own, rest = parser.parse_known_args(argv)
     try:

@@ -132,9 +132,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 
     Transparency is dropped, as by torchvision's loader: the colours are those underneath.
     """
-    if image.mode.startswith("I;16"):
-        _check_levels(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        _check_levels(image)
         grey = np.asarray(image).astype(np.int64)
         image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))  # 65535 = 257 * 255
     elif image.mode in ("I", "F"):
